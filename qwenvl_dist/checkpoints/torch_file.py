@@ -76,7 +76,7 @@ class StoredTensor:
             )
         elements = torch.empty(count, dtype=self.dtype)
         if count:
-            view = memoryview(elements.view(torch.uint8).numpy())
+            view = elements.view(torch.uint8).numpy().data
             with self.path.open("rb", buffering=0) as file:
                 read_exactly(file.fileno(), view, self.begin + start * self.dtype.itemsize, self.path)
         return elements
@@ -228,6 +228,11 @@ def _rebuild_parameter(data: StoredTensor, *_rest: Any) -> StoredTensor:
     return data
 
 
+def _rebuild_from_type(rebuild: Callable[..., Any], _type: Any, arguments: tuple[Any, ...], _state: Any) -> Any:
+    """Stand for torch's rebuilding of tensors with attributes of their own, which are dropped."""
+    return rebuild(*arguments)  # reaches nothing that the pickle could not call by itself
+
+
 def _zero_stage(value: int) -> int:
     return int(value)
 
@@ -257,6 +262,9 @@ _ALLOWED: dict[tuple[str, str], Callable[..., Any]] = {
     ("collections", "OrderedDict"): OrderedDict,
     ("torch", "Size"): torch.Size,
     ("torch", "device"): Inert,
+    ("torch", "Tensor"): Inert,
+    ("torch.nn.parameter", "Parameter"): Inert,
+    ("torch._tensor", "_rebuild_from_type_v2"): _rebuild_from_type,
     ("torch._utils", "_rebuild_parameter"): _rebuild_parameter,
     ("torch._utils", "_rebuild_parameter_with_state"): _rebuild_parameter,
     ("__builtin__", "set"): _set,
