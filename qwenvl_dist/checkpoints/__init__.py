@@ -1,0 +1,1 @@
+"""What a training run leaves behind: manifests, partitions, reading and writing them."""

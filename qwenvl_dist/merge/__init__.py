@@ -1,0 +1,1 @@
+"""From a checkpoint and its base to full weights: the adapter, the arithmetic, the writer."""
