@@ -20,8 +20,8 @@ def run_ranks(
 ) -> list[str]:
     """Run `module:function(**kwargs)` on ranks 0..world-1 and return each rank's stdout.
 
-    The function finds its place in RANK, LOCAL_RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT and sets up its own
-    process group. When a rank fails or the time is out, all are killed and every rank's stderr is shown.
+    The function finds its place in RANK, LOCAL_RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT and sets up its
+    own process group. When a rank fails or the time is out, all are killed and every rank's stderr is shown.
 
     Args:
         target: `tests.some_module:run_something`; `kwargs` must fit in JSON.

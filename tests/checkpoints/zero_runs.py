@@ -1,4 +1,4 @@
-"""Functions that ranks run: train a little under DeepSpeed, save, and write down what DeepSpeed itself holds."""
+"""Functions that ranks run: train a little under DeepSpeed, save, and write down what DeepSpeed holds."""
 
 import sys
 from pathlib import Path
