@@ -1,0 +1,1 @@
+"""From a user's pictures and texts to exact, resumable batches."""

@@ -1,0 +1,303 @@
+"""Every knob a user has: a recipe is YAML, checked against these models. Imports no torch.
+
+A recipe names only what differs from the defaults; the defaults are the article's run (280 pixels, LoRA r=8
+alpha=16 dropout 0.1 on the seven projections, 1e-4, 4 x 4, 10 epochs). What the DeepSpeed file says (ZeRO stage,
+offload, buckets) is never repeated here, and what stands here (batch sizes, clipping, precision) never there.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from qwenvl_dist.errors import UserError
+
+PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+TRAINABLE_PARTS = ("vision", "merger", "language", "head")
+VISUAL_TOKEN_SIDE = 28  # pixels: patch_size 14 x spatial_merge_size 2, the same in every model of the family
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
+
+
+class ModelConfig(_Section):
+    """Which base, and how it computes."""
+
+    base: str = "Qwen/Qwen2-VL-2B-Instruct"  # a folder in hub layout, or a hub id
+    attention: Literal["auto", "sdpa", "flash_attention_2"] = "auto"
+    dtype: Literal["bfloat16", "float32"] = "bfloat16"
+    checkpointing: str = "none"  # activation checkpointing of language layers: none | every_k | every_<n> | all
+    checkpointing_k: Annotated[int, Field(ge=2)] = 2  # the k of every_k
+    train: tuple[Literal["vision", "merger", "language", "head"], ...] = ()  # parts trained fully, beside LoRA
+
+    @field_validator("checkpointing")
+    @classmethod
+    def _known_checkpointing(cls, value: str) -> str:
+        if not re.fullmatch(r"none|all|every_k|every_[1-9][0-9]*", value):
+            raise ValueError("must be none, all, every_k or every_<n> such as every_2")
+        return value
+
+    @property
+    def checkpoint_every(self) -> int:
+        """Recompute each n-th language layer in the backward pass; 0 keeps all activations."""
+        if self.checkpointing in ("none", "all"):
+            return int(self.checkpointing == "all")
+        suffix = self.checkpointing.removeprefix("every_")
+        return self.checkpointing_k if suffix == "k" else int(suffix)
+
+
+class LoraConfig(_Section):
+    """The adapter, in peft's terms; scaling is alpha / rank."""
+
+    rank: Annotated[int, Field(ge=1)] = 8
+    alpha: Annotated[float, Field(gt=0)] = 16
+    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.1
+    target_modules: tuple[str, ...] = PROJECTIONS
+
+    @field_validator("target_modules")
+    @classmethod
+    def _some_target(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        if not value:
+            raise ValueError("must name at least one module; to train without an adapter write `lora: null`")
+        return value
+
+
+class PixelRange(_Section):
+    """Keep the aspect ratio, with an area between these bounds (Qwen's rule)."""
+
+    min_pixels: Annotated[int, Field(ge=VISUAL_TOKEN_SIDE**2)] = 4 * VISUAL_TOKEN_SIDE**2
+    max_pixels: Annotated[int, Field(ge=VISUAL_TOKEN_SIDE**2)] = 1280 * VISUAL_TOKEN_SIDE**2
+
+    @model_validator(mode="after")
+    def _ordered(self) -> PixelRange:
+        if self.min_pixels > self.max_pixels:
+            raise ValueError(
+                f"min_pixels {self.min_pixels} is above max_pixels {self.max_pixels}; swap or widen them"
+            )
+        return self
+
+
+class DataConfig(_Section):
+    """Where samples come from and how they become batches."""
+
+    train: str = ""  # folder of shards with manifest.json
+    validation: str | None = None
+    image_size: int | PixelRange = 280  # pixels a side (square, as in the article), or a range
+    max_length: Annotated[int, Field(ge=16)] = 8192  # tokens; only caption tokens are ever cut
+    micro_batch_size: Annotated[int, Field(ge=1)] = 4  # samples in one forward pass of one rank
+    workers: Annotated[int, Field(ge=0)] = 2  # loader processes per rank
+    seed: int = 0
+    shuffle_window: Annotated[int, Field(ge=1)] = 64  # shards mixed at a time
+    ledger: bool = False  # write the sample keys of every step
+    bad_sample_budget: Annotated[float, Field(ge=0, le=1)] = 0.001  # share of the data set that may be unreadable
+
+    @field_validator("image_size")
+    @classmethod
+    def _whole_tokens(cls, value: int | PixelRange) -> int | PixelRange:
+        if isinstance(value, int) and (value < VISUAL_TOKEN_SIDE or value % VISUAL_TOKEN_SIDE):
+            low = max(1, value // VISUAL_TOKEN_SIDE) * VISUAL_TOKEN_SIDE
+            raise ValueError(
+                f"must be a positive multiple of {VISUAL_TOKEN_SIDE} pixels (one visual token), "
+                f"such as {low} or {low + VISUAL_TOKEN_SIDE}"
+            )
+        return value
+
+
+class OptimConfig(_Section):
+    """AdamW and its learning-rate schedule."""
+
+    learning_rate: Annotated[float, Field(gt=0)] = 1e-4
+    warmup_ratio: Annotated[float, Field(ge=0, le=1)] = 0.03  # share of all steps
+    schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    weight_decay: Annotated[float, Field(ge=0)] = 0.0  # never on biases and norms
+    max_grad_norm: Annotated[float, Field(ge=0)] = 1.0  # 0: no clipping
+    betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (0.9, 0.999)
+
+
+class TrainConfig(_Section):
+    """How long, how often, where to."""
+
+    epochs: Annotated[int, Field(ge=1)] = 10
+    max_steps: Annotated[int, Field(ge=1)] | None = None  # optimizer steps; stops earlier than epochs would
+    grad_accum_steps: Annotated[int, Field(ge=1)] = 4
+    log_every_steps: Annotated[int, Field(ge=1)] = 10
+    eval_every_steps: Annotated[int, Field(ge=1)] = 500
+    checkpoint_every_steps: Annotated[int, Field(ge=1)] = 500
+    keep_checkpoints: Annotated[int, Field(ge=1)] = 3  # newest ones; the best is kept beside them
+    resume: str = "auto"  # auto | never | a step folder
+    seed: int = 0  # adapter initialisation and dropout
+    output_dir: str = "runs/qwen2vl"
+    timeout_seconds: Annotated[int, Field(ge=10)] = 1800  # a collective that waits longer ends the run
+
+
+class DeepSpeedSection(_Section):
+    """Which ZeRO file, when no launcher names one."""
+
+    config: str | None = None
+
+
+class TrackingConfig(_Section):
+    """Experiment trackers, through accelerate."""
+
+    trackers: tuple[Literal["swanlab", "tensorboard", "wandb"], ...] = ("swanlab",)
+    project: str = "Qwen2-VL-finetune"
+    name: str | None = None
+    mode: Literal["offline", "local", "online", "disabled"] = "offline"
+
+
+class Recipe(_Section):
+    """A whole run."""
+
+    model: ModelConfig = ModelConfig()
+    lora: LoraConfig | None = LoraConfig()
+    data: DataConfig = DataConfig()
+    optim: OptimConfig = OptimConfig()
+    train: TrainConfig = TrainConfig()
+    deepspeed: DeepSpeedSection = DeepSpeedSection()
+    tracking: TrackingConfig = TrackingConfig()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _empty_sections_are_defaults(cls, value: Any) -> Any:
+        # `data:` with everything under it commented out parses as null; only `lora: null` has a meaning.
+        if isinstance(value, dict):
+            return {key: part for key, part in value.items() if part is not None or key == "lora"}
+        return value
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Recipe:
+        if not self.data.train:
+            raise ValueError("data.train is missing: name a folder made by `qwenvl-dist shards pack`")
+        if self.lora is None and not self.model.train:
+            raise ValueError(
+                "nothing would train: lora is null and model.train is empty; "
+                f"name parts of {', '.join(TRAINABLE_PARTS)} in model.train, or give a lora section"
+            )
+        if self.lora is not None and "language" in self.model.train:
+            raise ValueError(
+                "model.train names `language` while lora is on: the adapter would train on moving base weights; "
+                "write `lora: null` for full fine-tuning, or drop `language`"
+            )
+        return self
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain JSON types, every default filled in."""
+        return self.model_dump(mode="json")
+
+    def to_yaml(self) -> str:
+        """Return the resolved recipe as YAML that `load_recipe` reads back to the same recipe."""
+        return yaml.safe_dump(self.to_dict(), sort_keys=False, allow_unicode=True, width=110)
+
+
+class _RecipeLoader(yaml.SafeLoader):
+    """YAML 1.2 floats and no silent duplicate keys."""
+
+
+# PyYAML follows YAML 1.1, where `1e-4` (no dot) is a string; YAML 1.2.2 section 10.3.2 reads it as a float.
+_RecipeLoader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"^[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)[eE][-+]?[0-9]+$"), list("-+.0123456789")
+)
+
+
+def _unique_mapping(loader: yaml.SafeLoader, node: yaml.MappingNode) -> dict[Any, Any]:
+    seen: dict[Any, Any] = {}
+    for key_node, value_node in node.value:
+        key = loader.construct_object(key_node, deep=True)
+        if key in seen:
+            raise yaml.MarkedYAMLError(problem=f"key {key!r} stands twice", problem_mark=key_node.start_mark)
+        seen[key] = loader.construct_object(value_node, deep=True)
+    return seen
+
+
+_RecipeLoader.add_constructor("tag:yaml.org,2002:map", _unique_mapping)
+
+
+def _parse_yaml(text: str, origin: str) -> Any:
+    try:
+        return yaml.load(text, _RecipeLoader)  # noqa: S506 (a SafeLoader)
+    except yaml.MarkedYAMLError as error:
+        line = f" line {error.problem_mark.line + 1}" if error.problem_mark else ""
+        raise UserError(f"{origin}{line}: not valid YAML: {error.problem}; correct that line") from error
+    except yaml.YAMLError as error:
+        raise UserError(f"{origin}: not valid YAML: {error}; correct the file") from error
+
+
+def apply_override(tree: dict[str, Any], override: str) -> None:
+    """Set one `key.path=value` in `tree`; the value is YAML, so `null`, `3`, `1e-4` and `[a, b]` mean what they look like."""
+    path, equals, text = override.partition("=")
+    keys = path.split(".")
+    if not equals or not all(re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", key) for key in keys):
+        raise UserError(f"override {override!r}: must look like key.path=value, for instance optim.learning_rate=2e-4")
+    node = tree
+    for key in keys[:-1]:
+        child = node.get(key)
+        if child is None:
+            child = node[key] = {}
+        if not isinstance(child, dict):
+            raise UserError(f"override {override!r}: {key!r} holds the value {child!r}, not a section")
+        node = child
+    node[keys[-1]] = _parse_yaml(text, f"override {override!r}") if text else ""
+
+
+def _allowed_keys(location: tuple[int | str, ...]) -> list[str]:
+    model: Any = Recipe
+    for part in location:
+        annotation = model.model_fields[part].annotation if isinstance(part, str) and part in model.model_fields else None
+        options = [annotation, *getattr(annotation, "__args__", ())]
+        model = next((o for o in options if isinstance(o, type) and issubclass(o, BaseModel)), None)
+        if model is None:
+            return []
+    return list(model.model_fields)
+
+
+def _explain(error: ValidationError, origin: str) -> str:
+    """Put the first fault into one line: key, rule, value, remedy."""
+    faults = error.errors(include_url=False)
+    # `image_size: int | PixelRange` reports one fault per branch; the branch that fits the value's type says most.
+    vague = ("int_type", "model_type", "int_parsing")
+    fault = min(faults, key=lambda f: 0 if f["type"] == "extra_forbidden" else 1 + (f["type"] in vague))
+    branches = ("int", "PixelRange", "str", "LoraConfig")
+    location = tuple(p for p in fault["loc"] if p not in branches and "(" not in str(p))
+    key = ".".join(map(str, location))
+    if fault["type"] == "extra_forbidden":
+        import difflib
+
+        allowed = _allowed_keys(location[:-1])
+        near = difflib.get_close_matches(str(location[-1]), allowed, n=1)
+        remedy = f"did you mean {near[0]!r}?" if near else f"known keys: {', '.join(allowed)}"
+        return f"{origin}: unknown key {key!r}; {remedy}"
+    message = fault["msg"].removeprefix("Value error, ")
+    message = message[0].lower() + message[1:] if message[:5] == "Input" else message
+    more = f" (and {len(faults) - 1} more)" if len({f["loc"][:2] for f in faults}) > 1 else ""
+    if not key:
+        return f"{origin}: {message}{more}"
+    return f"{origin}: {key} = {json.dumps(fault['input'], default=str)}: {message}{more}"
+
+
+def load_recipe(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> Recipe:
+    """Read a recipe file, apply dotted overrides, validate.
+
+    Raises UserError with one line (key, value, rule, remedy) for anything a user can mend.
+    """
+    path = Path(path)
+    try:
+        text = path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"recipe {path}: cannot be read ({error.strerror}); give the path of a YAML file") from error
+    tree = _parse_yaml(text, f"recipe {path}")
+    if tree is None:
+        tree = {}
+    if not isinstance(tree, dict):
+        raise UserError(f"recipe {path}: holds a {type(tree).__name__}; it must be a mapping with sections such as data:")
+    for override in overrides:
+        apply_override(tree, override)
+    try:
+        return Recipe.model_validate(tree)
+    except ValidationError as error:
+        raise UserError(_explain(error, f"recipe {path}")) from error

@@ -1,0 +1,106 @@
+"""CaptionBatch: one micro-batch on one rank, its fields and shapes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from qwenvl_dist.data.chat import IGNORE, EncodedChat, Grid
+
+
+@dataclass(frozen=True)
+class BadSampleRecord:
+    """A sample that could not be used, as it is reported."""
+
+    shard: str
+    key: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class Example:
+    """One sample, ready to be batched. A dummy has no key and no label; a bad sample is a dummy with a record."""
+
+    key: str | None
+    chat: EncodedChat
+    grids: tuple[Grid, ...]
+    pixels: NDArray[np.uint8]  # (bytes,): the pictures one after another, each (3, height, width)
+    bad: BadSampleRecord | None = None
+
+
+@dataclass(frozen=True)
+class CaptionBatch:
+    """One micro-batch on one rank.
+
+    Sequences are padded on the right. Attention is causal and no target looks at padding, so there is no mask.
+    """
+
+    input_ids: Tensor  # (batch, seq) int64
+    labels: Tensor  # (batch, seq) int64, -100 = no loss
+    position_ids: Tensor  # (3, batch, seq) int64
+    pixels: Tensor  # (bytes,) uint8: all pictures one after another, each (3, height, width)
+    image_grid_thw: Tensor  # (images, 3) int64, in patches
+    image_positions: Tensor  # (visual tokens,) int64 into the flattened (batch * seq), in the order of the pictures
+    target_positions: Tensor  # (targets,) int64 into the flattened (batch * seq): where the next token is learned
+    target_ids: Tensor  # (targets,) int64: that next token
+    grids: tuple[Grid, ...]  # image_grid_thw on the host
+    keys: tuple[str, ...]  # real samples only
+    bad: tuple[BadSampleRecord, ...]
+
+    @property
+    def target_tokens(self) -> int:
+        """How many tokens carry loss."""
+        return len(self.target_ids)
+
+    def _map(self, function) -> CaptionBatch:
+        changed = {name: function(value) for name, value in vars(self).items() if isinstance(value, Tensor)}
+        return replace(self, **changed)
+
+    def pin_memory(self) -> CaptionBatch:
+        """Return the batch in page-locked memory (called by DataLoader)."""
+        return self._map(Tensor.pin_memory)
+
+    def to(self, device: torch.device) -> CaptionBatch:
+        """Return the batch on `device`, without waiting for the copy."""
+        return self._map(lambda tensor: tensor.to(device, non_blocking=True))
+
+
+def collate(examples: Sequence[Example], dummy: Example, pad_token: int, image_token: int) -> CaptionBatch:
+    """Pad examples to one batch.
+
+    A batch without any picture gets one dummy row more: the vision tower then runs on every rank in every micro-batch,
+    which ZeRO-3's collective gathers need.
+    """
+    rows = list(examples)
+    if not any(row.grids for row in rows):
+        rows.append(dummy)
+    lengths = np.array([len(row.chat.input_ids) for row in rows])
+    shape = (len(rows), int(lengths.max()))
+    input_ids = np.full(shape, pad_token, np.int64)
+    labels = np.full(shape, IGNORE, np.int64)
+    position_ids = np.zeros((3, *shape), np.int64)
+    for number, (row, length) in enumerate(zip(rows, lengths, strict=True)):
+        input_ids[number, :length] = row.chat.input_ids
+        labels[number, :length] = row.chat.labels
+        position_ids[:, number, :length] = row.chat.position_ids
+    grids = tuple(grid for row in rows for grid in row.grids)
+    learned = labels[:, 1:] != IGNORE
+    row_index, column = np.nonzero(learned)
+    return CaptionBatch(
+        input_ids=torch.from_numpy(input_ids),
+        labels=torch.from_numpy(labels),
+        position_ids=torch.from_numpy(position_ids),
+        pixels=torch.from_numpy(np.concatenate([row.pixels for row in rows])),
+        image_grid_thw=torch.tensor(grids, dtype=torch.int64).reshape(-1, 3),
+        image_positions=torch.from_numpy(np.flatnonzero(input_ids == image_token)),
+        target_positions=torch.from_numpy(row_index * shape[1] + column),
+        target_ids=torch.from_numpy(labels[:, 1:][learned]),
+        grids=grids,
+        keys=tuple(row.key for row in rows if row.key is not None),
+        bad=tuple(row.bad for row in rows if row.bad is not None),
+    )

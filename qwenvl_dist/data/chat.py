@@ -1,0 +1,139 @@
+"""Messages -> input_ids, labels and M-RoPE positions, equal to the hub processor's.
+
+The chat template of the model's own processor renders the text; image placeholders are then widened to as many tokens
+as the picture gives, counted from its grid, never cut.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from qwenvl_dist.errors import UserError
+
+IGNORE = -100  # label of a token without loss
+Int64 = NDArray[np.int64]
+Grid = tuple[int, int, int]  # (time, height, width) of one picture, in patches
+
+
+class TooLong(Exception):  # noqa: N818 (names the sample's state; counted, not fatal)
+    """Prompt and pictures alone exceed max_length."""
+
+
+@dataclass(frozen=True)
+class EncodedChat:
+    """One conversation as the model reads it."""
+
+    input_ids: Int64  # (seq,)
+    labels: Int64  # (seq,), IGNORE = no loss
+    position_ids: Int64  # (3, seq): time, height, width
+
+
+def image_tokens(grid: Grid, merge_size: int) -> int:
+    """Return how many tokens a picture takes in the sequence."""
+    return grid[0] * grid[1] * grid[2] // merge_size**2
+
+
+def mrope_positions(is_image: NDArray[np.bool_], grids: Sequence[Grid], merge_size: int) -> Int64:
+    """Return the (3, seq) positions of Qwen2-VL's multimodal rotary embedding.
+
+    Text advances all three axes together; a picture spans its merged grid and then advances by its longer side
+    (arXiv:2409.12191, section 2.1; the same as `Qwen2VLModel.get_rope_index`).
+    """
+    positions = np.empty((3, len(is_image)), np.int64)
+    cursor = next_position = 0
+    edges = np.flatnonzero(np.diff(is_image, prepend=False, append=False))
+    for image, (start, end) in enumerate(zip(edges[::2], edges[1::2], strict=True)):
+        positions[:, cursor:start] = np.arange(start - cursor) + next_position
+        next_position += start - cursor
+        time, height, width = grids[image][0], grids[image][1] // merge_size, grids[image][2] // merge_size
+        assert end - start == time * height * width, "placeholder count and grid disagree"
+        positions[:, start:end] = np.indices((time, height, width)).reshape(3, -1) + next_position
+        next_position += max(height, width)
+        cursor = end
+    positions[:, cursor:] = np.arange(len(is_image) - cursor) + next_position
+    return positions
+
+
+class ChatEncoder:
+    """Encodes conversations with one processor; picklable, used inside loader workers."""
+
+    def __init__(self, processor: Any, max_length: int) -> None:
+        self.tokenizer = processor.tokenizer
+        self.template = processor.chat_template or self.tokenizer.chat_template
+        self.merge_size = int(processor.image_processor.merge_size)
+        self.max_length = max_length
+        vocabulary = self.tokenizer.get_vocab()
+        for token in ("<|im_start|>", "<|im_end|>", "<|image_pad|>"):
+            if token not in vocabulary:
+                raise UserError(f"tokenizer: has no token {token!r}; use the tokenizer of a Qwen2-VL model")
+        self.image_token = vocabulary["<|image_pad|>"]
+        self.end_of_turn = vocabulary["<|im_end|>"]
+        self.start_of_turn = vocabulary["<|im_start|>"]
+        pad = self.tokenizer.pad_token_id
+        self.pad_token = int(pad if pad is not None else self.end_of_turn)
+
+    def render(self, messages: list[dict[str, Any]], add_generation_prompt: bool = False) -> str:
+        """Return the conversation as text, one placeholder a picture."""
+        return self.tokenizer.apply_chat_template(
+            messages,
+            chat_template=self.template,
+            tokenize=False,
+            add_generation_prompt=add_generation_prompt,
+        )
+
+    def _tokenize(self, text: str) -> tuple[Int64, NDArray[np.bool_]]:
+        """Return token ids and which of them are learned: an assistant's words and the end of its turn."""
+        encoded = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+        ids = np.asarray(encoded["input_ids"], np.int64)
+        offsets = np.asarray(encoded["offset_mapping"], np.int64).reshape(-1, 2)
+        learned = np.zeros(len(ids), bool)
+        header = "<|im_start|>assistant\n"
+        ends = np.flatnonzero(ids == self.end_of_turn)
+        for start in np.flatnonzero(ids == self.start_of_turn):
+            first_char = int(offsets[start, 0])
+            if text.startswith(header, first_char):
+                end = ends[np.searchsorted(ends, start)]
+                words = offsets[start : end + 1, 0] >= first_char + len(header)
+                learned[start : end + 1] = words
+        return ids, learned
+
+    def _widen(self, ids: Int64, learned: NDArray[np.bool_], grids: Sequence[Grid]) -> tuple[Int64, NDArray[np.bool_]]:
+        placeholders = np.flatnonzero(ids == self.image_token)
+        if len(placeholders) != len(grids):
+            raise ValueError(f"{len(placeholders)} picture placeholders in the text, {len(grids)} pictures")
+        repeats = np.ones(len(ids), np.int64)
+        repeats[placeholders] = [image_tokens(grid, self.merge_size) for grid in grids]
+        return np.repeat(ids, repeats), np.repeat(learned, repeats)
+
+    def _cut(self, ids: Int64, learned: NDArray[np.bool_]) -> tuple[Int64, NDArray[np.bool_]]:
+        """Cut the tail of the last learned words, so that the sequence fits and still ends its turn."""
+        excess = len(ids) - self.max_length
+        if excess <= 0:
+            return ids, learned
+        words = np.flatnonzero(learned & (ids != self.end_of_turn))
+        tail = words[len(words) - excess :] if excess < len(words) else words[:0]
+        if not tail.size or tail[-1] - tail[0] != excess - 1:
+            raise TooLong(
+                f"{len(ids)} tokens, {int((ids == self.image_token).sum())} of them visual: "
+                f"no cut of the caption brings it under max_length {self.max_length}"
+            )
+        keep = np.ones(len(ids), bool)
+        keep[tail] = False
+        return ids[keep], learned[keep]
+
+    def encode(self, messages: list[dict[str, Any]], grids: Sequence[Grid]) -> EncodedChat:
+        """Encode a whole conversation for training. Raises TooLong, or ValueError when pictures and text disagree."""
+        ids, learned = self._cut(*self._widen(*self._tokenize(self.render(messages)), grids))
+        positions = mrope_positions(ids == self.image_token, grids, self.merge_size)
+        return EncodedChat(ids, np.where(learned, ids, IGNORE), positions)
+
+    def encode_prompt(self, messages: list[dict[str, Any]], grids: Sequence[Grid]) -> Int64:
+        """Return the input_ids (seq,) of a conversation that the model is to answer."""
+        text = self.render(messages, add_generation_prompt=True)
+        ids = np.asarray(self.tokenizer(text, add_special_tokens=False)["input_ids"], np.int64)
+        return self._widen(ids, np.zeros(len(ids), bool), grids)[0]

@@ -1,0 +1,95 @@
+"""Picture bytes -> uint8 pixels at the model's size.
+
+Agrees with the hub's way (`qwen_vl_utils` with Pillow's bicubic resize) to one of 255 levels; JPEGs take a faster
+decoder that gives the same pixels as Pillow's.
+"""
+
+from __future__ import annotations
+
+import io
+import math
+import warnings
+from dataclasses import dataclass
+
+import numpy as np
+import simplejpeg
+import torch
+from numpy.typing import NDArray
+from PIL import Image, UnidentifiedImageError
+from torch.nn.functional import interpolate
+
+MAX_ASPECT_RATIO = 200  # qwen_vl_utils.vision_process.MAX_RATIO
+
+
+class UnreadableImage(Exception):  # noqa: N818 (names the sample's state; counted, not fatal)
+    """These bytes give no picture, or none that the model can take."""
+
+
+@dataclass(frozen=True)
+class ImageSizeRule:
+    """From a picture's size to the model's: a fixed square side, or an area range with the aspect ratio kept."""
+
+    side: int | None = None  # pixels
+    min_pixels: int = 0
+    max_pixels: int = 0
+    factor: int = 28  # pixels a side of one visual token: patch_size x merge_size
+
+    def target(self, width: int, height: int) -> tuple[int, int]:
+        """Return (height, width), multiples of `factor`.
+
+        The area rule is `smart_resize` of Qwen's qwen_vl_utils (vision_process.py).
+        """
+        if max(width, height) > MAX_ASPECT_RATIO * min(width, height):
+            raise UnreadableImage(f"{width}x{height} pixels: aspect ratio above {MAX_ASPECT_RATIO}")
+        if self.side is not None:
+            return self.side, self.side
+        factor = self.factor
+        rounded_h = max(factor, round(height / factor) * factor)
+        rounded_w = max(factor, round(width / factor) * factor)
+        if rounded_h * rounded_w > self.max_pixels:
+            shrink = math.sqrt(height * width / self.max_pixels)
+            rounded_h = max(factor, math.floor(height / shrink / factor) * factor)
+            rounded_w = max(factor, math.floor(width / shrink / factor) * factor)
+        elif rounded_h * rounded_w < self.min_pixels:
+            grow = math.sqrt(self.min_pixels / (height * width))
+            rounded_h = math.ceil(height * grow / factor) * factor
+            rounded_w = math.ceil(width * grow / factor) * factor
+        return rounded_h, rounded_w
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """Convert any Pillow mode to RGB, transparent parts over white (as qwen_vl_utils does)."""
+    if image.mode == "RGBA":
+        white = Image.new("RGB", image.size, (255, 255, 255))
+        white.paste(image, mask=image.getchannel("A"))
+        return white
+    return image.convert("RGB")
+
+
+def decode(data: bytes) -> NDArray[np.uint8]:
+    """Return (height, width, 3) uint8 RGB. Raises UnreadableImage with the decoder's reason."""
+    if simplejpeg.is_jpeg(data):
+        try:
+            # Simplejpeg's colour conversion and upsampling are libjpeg-turbo's defaults, as in Pillow: equal pixels.
+            if simplejpeg.decode_jpeg_header(data)[2] in ("YCbCr", "Gray"):
+                return simplejpeg.decode_jpeg(data, colorspace="RGB", fastdct=False, fastupsample=False)
+        except ValueError:
+            pass  # strict about flaws that Pillow tolerates; Pillow's answer below decides
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            with Image.open(io.BytesIO(data)) as image:
+                return np.asarray(to_rgb(image))
+    except (OSError, UnidentifiedImageError, ValueError, SyntaxError) as error:
+        raise UnreadableImage(f"cannot be decoded: {str(error) or type(error).__name__}") from error
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+        raise UnreadableImage(f"too large: {error}") from error
+
+
+def resize(pixels: NDArray[np.uint8], height: int, width: int) -> torch.Tensor:
+    """Return (3, height, width) uint8: bicubic with antialias, within one level of Pillow's."""
+    image = torch.from_numpy(np.require(pixels, requirements=("C", "W"))).permute(2, 0, 1)
+    if image.shape[1:] != (height, width):
+        # A channels-last uint8 input takes torch's vectorised fixed-point path, the one modelled on Pillow's.
+        image = interpolate(image[None], (height, width), mode="bicubic", antialias=True)[0]
+    return image.contiguous()

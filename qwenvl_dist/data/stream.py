@@ -1,0 +1,139 @@
+"""Plan + source + preprocessing -> batches, resumable at any step.
+
+Stages of the webdataset pipeline that each loader worker runs:
+1. PlannedSource   the plan's next samples, as verified bytes
+2. SampleEncoder   JPEG decode, resize, chat template, labels; a bad sample becomes a dummy in its slot
+3. batched         `micro_batch_size` examples -> CaptionBatch
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import torch
+import webdataset
+from torch.utils.data import DataLoader
+
+from qwenvl_dist.data.batch import BadSampleRecord, CaptionBatch, Example, collate
+from qwenvl_dist.data.chat import IGNORE, ChatEncoder, Grid, TooLong
+from qwenvl_dist.data.images import ImageSizeRule, UnreadableImage, decode, resize
+from qwenvl_dist.data.index import RawSample
+from qwenvl_dist.data.plan import RunPlan, StepLayout
+from qwenvl_dist.data.source import PlannedSample, PlannedSource, ShardSet
+
+
+def _picture_members(raw: RawSample) -> list[bytes]:
+    """Return the picture bytes in the order of their placeholders: KEY.jpg, or KEY.0.jpg, KEY.1.jpg ..."""
+    pictures = [name for name in raw.members if name != "json"]
+    numbered = [(int(head), name) for name in pictures for head in [name.split(".")[0]] if head.isdigit()]
+    ordered = [name for _, name in sorted(numbered)] if numbered else pictures
+    return [raw.members[name] for name in ordered]
+
+
+class SampleEncoder:
+    """Bytes of a sample -> Example. Picklable; runs in loader workers."""
+
+    def __init__(self, processor: Any, size_rule: ImageSizeRule, max_length: int) -> None:
+        self.chat = ChatEncoder(processor, max_length)
+        self.size_rule = size_rule
+        self.patch_size = int(processor.image_processor.patch_size)
+        self.dummy = self._make_dummy()
+
+    def _make_dummy(self) -> Example:
+        side = self.size_rule.factor
+        messages = [{"role": "user", "content": [{"type": "image"}]}]
+        grid = (1, side // self.patch_size, side // self.patch_size)
+        chat = self.chat.encode(messages, [grid])
+        chat = replace(chat, labels=np.full_like(chat.labels, IGNORE))
+        return Example(None, chat, (grid,), np.zeros(3 * side * side, np.uint8))
+
+    def picture(self, data: bytes) -> tuple[np.ndarray, Grid]:
+        """Return ((3 * height * width,) uint8, grid) of one picture at the model's size. Raises UnreadableImage."""
+        pixels = decode(data)
+        height, width = self.size_rule.target(pixels.shape[1], pixels.shape[0])
+        grid = (1, height // self.patch_size, width // self.patch_size)
+        return resize(pixels, height, width).reshape(-1).numpy(), grid
+
+    def encode(self, raw: RawSample) -> Example:
+        """Encode one sample. Raises UnreadableImage, TooLong, or ValueError for a damaged record."""
+        messages = json.loads(raw.members["json"])["messages"]
+        pictures = [self.picture(data) for data in _picture_members(raw)]
+        grids = tuple(grid for _, grid in pictures)
+        pixels = np.concatenate([p for p, _ in pictures]) if pictures else np.zeros(0, np.uint8)
+        return Example(raw.key, self.chat.encode(messages, grids), grids, pixels)
+
+    def __call__(self, sample: PlannedSample) -> Example:
+        """Encode what the plan gave; anything unusable becomes a dummy that carries its record."""
+        if sample.raw is None:
+            return replace(self.dummy, bad=sample.bad)
+        try:
+            return self.encode(sample.raw)
+        except (UnreadableImage, TooLong, ValueError, KeyError, TypeError) as error:
+            reason = f"no member {error}" if isinstance(error, KeyError) else str(error)
+            return replace(self.dummy, bad=BadSampleRecord(sample.shard, sample.raw.key, reason))
+
+
+class _Collate:
+    """A picklable `collate` with its constants bound."""
+
+    def __init__(self, encoder: SampleEncoder) -> None:
+        self.dummy, self.pad, self.image = encoder.dummy, encoder.chat.pad_token, encoder.chat.image_token
+
+    def __call__(self, examples: list[Example]) -> CaptionBatch:
+        return collate(examples, self.dummy, self.pad, self.image)
+
+
+class CaptionStream:
+    """The batches of one rank, from any position on.
+
+    `position` counts samples of the whole run over all ranks; it is the only state, and it is advanced by whoever has
+    finished an optimizer step, not by what the workers have prefetched.
+    """
+
+    def __init__(
+        self,
+        shards: ShardSet,
+        plan: RunPlan,
+        layout: StepLayout,
+        encoder: SampleEncoder,
+        *,
+        rank: int,
+        workers: int,
+        timeout_seconds: float = 0,
+    ) -> None:
+        self.shards, self.plan, self.layout, self.encoder = shards, plan, layout, encoder
+        self.rank, self.workers, self.timeout_seconds = rank, workers, timeout_seconds
+
+    def steps_from(self, position: int) -> int:
+        """Return how many optimizer steps are left when `position` samples have been consumed."""
+        return self.layout.steps(self.plan.total_samples - position)
+
+    def iterate(self, position: int = 0) -> Iterator[list[CaptionBatch]]:
+        """Yield the micro-batches of each optimizer step, from `position` to the end of the plan."""
+        source = PlannedSource(
+            self.shards, self.plan, self.layout, self.rank, start=position, steps=self.steps_from(position)
+        )
+        pipeline = webdataset.DataPipeline(
+            source,
+            webdataset.map(self.encoder, handler=webdataset.reraise_exception),
+            webdataset.batched(self.layout.micro_batch_size, collation_fn=_Collate(self.encoder), partial=False),
+        )
+        loader = DataLoader(
+            pipeline,
+            batch_size=None,
+            num_workers=self.workers,
+            prefetch_factor=2 * self.layout.grad_accum_steps if self.workers else None,
+            pin_memory=torch.cuda.is_available(),
+            timeout=self.timeout_seconds if self.workers else 0,
+        )
+        step: list[CaptionBatch] = []
+        for batch in loader:
+            step.append(batch)
+            if len(step) == self.layout.grad_accum_steps:
+                yield step
+                step = []
+        assert not step, "a rank's stream ended inside an optimizer step"

@@ -1,0 +1,226 @@
+"""Ranks: who we are, how they start, and the few words they exchange on the host side.
+
+Everything here runs the same over gloo (no GPU) and NCCL: the backend, the device and DeepSpeed's accelerator are
+chosen in `prepare_environment` and `start`, nowhere else.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from qwenvl_dist.errors import UserError
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+    from torch.distributed import ProcessGroup
+
+    from qwenvl_dist.config import Recipe
+
+# What the recipe decides; a DeepSpeed file that holds one of them could silently contradict it.
+RECIPE_OWNED_KEYS = (
+    "train_batch_size",
+    "train_micro_batch_size_per_gpu",
+    "gradient_accumulation_steps",
+    "gradient_clipping",
+    "bf16",
+    "fp16",
+    "optimizer",
+    "scheduler",
+)
+
+
+@dataclass(frozen=True)
+class Topology:
+    """Where this process stands among all."""
+
+    rank: int
+    local_rank: int
+    node: int
+    world_size: int
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this is rank 0, the one that writes shared files and prints."""
+        return self.rank == 0
+
+    @classmethod
+    def from_environment(cls) -> Topology:
+        """Read what torchrun, accelerate and srun wrappers set; without a launcher this is a world of one."""
+        return cls(
+            rank=int(os.environ.get("RANK", 0)),
+            local_rank=int(os.environ.get("LOCAL_RANK", 0)),
+            node=int(os.environ.get("GROUP_RANK", os.environ.get("SLURM_NODEID", 0))),
+            world_size=int(os.environ.get("WORLD_SIZE", 1)),
+        )
+
+
+def prepare_environment() -> None:
+    """Set what must stand in the environment before DeepSpeed, tokenizers and torch.distributed are imported."""
+    import torch
+
+    if not torch.cuda.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    # accelerate drops DeepSpeed without a word when this is set.
+    os.environ.pop("ACCELERATE_USE_CPU", None)
+    # Loader workers are forked; the tokenizer's thread pool does not survive that, and one thread a worker is right.
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    if "RANK" not in os.environ:
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", LOCAL_WORLD_SIZE="1")
+        os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+
+
+def shipped_deepspeed_config(name: str) -> Path:
+    """Return the path of a file of `ds_configs/`, in a checkout or in an installed wheel."""
+    here = Path(__file__).resolve().parent
+    for folder in (here.parent / "ds_configs", here / "ds_configs"):
+        if (folder / name).is_file():
+            return folder / name
+    raise AssertionError(f"ds_configs/{name} is missing from the installation")
+
+
+def _read_deepspeed_file(path: str | Path) -> dict[str, Any]:
+    try:
+        config = json.loads(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(
+            f"DeepSpeed file {path}: cannot be read ({error.strerror}); paths are relative to the working folder"
+        ) from error
+    except json.JSONDecodeError as error:
+        raise UserError(f"DeepSpeed file {path}: line {error.lineno} is not JSON ({error.msg}); correct it") from error
+    if not isinstance(config, dict) or not isinstance(config.get("zero_optimization"), dict):
+        raise UserError(f"DeepSpeed file {path}: has no zero_optimization section; start from ds_configs/zero2.json")
+    for key in RECIPE_OWNED_KEYS:
+        if config.pop(key, "auto") != "auto":
+            raise UserError(f"DeepSpeed file {path}: holds {key!r}, which the recipe decides; take it out of the file")
+    return config
+
+
+def deepspeed_config(recipe: Recipe) -> dict[str, Any]:
+    """Return the DeepSpeed configuration of this run: the ZeRO file's knobs plus what the recipe decides.
+
+    The file is the launcher's, else the recipe's, else the shipped ZeRO-2; two that differ are a UserError.
+    """
+    launcher_path = os.environ.get("ACCELERATE_DEEPSPEED_CONFIG_FILE", "none")
+    config: dict[str, Any] | None = None
+    if launcher_path != "none":
+        config = _read_deepspeed_file(launcher_path)
+    elif os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true":
+        from accelerate import DeepSpeedPlugin  # the launcher gave a stage and offload flags instead of a file
+
+        launched = DeepSpeedPlugin().deepspeed_config
+        config = {"zero_optimization": {k: v for k, v in launched["zero_optimization"].items() if v is not None}}
+    if recipe.deepspeed.config is not None:
+        own = _read_deepspeed_file(recipe.deepspeed.config)
+        if config is not None and own != config:
+            raise UserError(
+                f"deepspeed.config = {recipe.deepspeed.config}: the launcher names another configuration "
+                f"({launcher_path}); drop deepspeed.config from the recipe or launch with the same file"
+            )
+        config = own
+    if config is None:
+        config = _read_deepspeed_file(shipped_deepspeed_config("zero2.json"))
+    stage = config["zero_optimization"].get("stage")
+    if stage not in (1, 2, 3):
+        raise UserError(f"zero_optimization.stage = {stage}: this toolkit trains under ZeRO 1, 2 or 3; set one of them")
+    config["train_micro_batch_size_per_gpu"] = recipe.data.micro_batch_size
+    config["gradient_accumulation_steps"] = recipe.train.grad_accum_steps
+    config["gradient_clipping"] = recipe.optim.max_grad_norm
+    return config
+
+
+def start(recipe: Recipe) -> Accelerator:
+    """Join the other ranks and return accelerate's handle, with DeepSpeed on. Collective.
+
+    Raises UserError when the world that formed is not the one that was launched: a rank that silently trains alone is
+    the worst failure of all.
+    """
+    config = deepspeed_config(recipe)
+    prepare_environment()
+    import torch
+    from accelerate import Accelerator, DeepSpeedPlugin
+    from accelerate.utils import DistributedType, InitProcessGroupKwargs
+
+    topology = Topology.from_environment()
+    plugin = DeepSpeedPlugin(hf_ds_config=config, zero3_init_flag=config["zero_optimization"]["stage"] == 3)
+    # Without the explicit backend accelerate believes in a world of one on every rank of a machine without GPUs.
+    process_group = InitProcessGroupKwargs(
+        backend="nccl" if torch.cuda.is_available() else "gloo",
+        timeout=timedelta(seconds=recipe.train.timeout_seconds),
+    )
+    accelerator = Accelerator(
+        mixed_precision="bf16" if recipe.model.dtype == "bfloat16" else "no",
+        gradient_accumulation_steps=recipe.train.grad_accum_steps,
+        deepspeed_plugin=plugin,
+        kwargs_handlers=[process_group],
+        step_scheduler_with_optimizer=False,
+        log_with=list(recipe.tracking.trackers) if recipe.tracking.mode != "disabled" else None,
+        project_dir=recipe.train.output_dir,
+    )
+    formed = (accelerator.num_processes, torch.distributed.get_world_size())
+    if formed != (topology.world_size, topology.world_size) or accelerator.distributed_type != DistributedType.DEEPSPEED:
+        raise UserError(
+            f"launched as rank {topology.rank} of {topology.world_size}, but accelerate sees {formed[0]} processes, "
+            f"torch {formed[1]}, type {accelerator.distributed_type}; launch with a file of launch/accelerate/"
+        )
+    return accelerator
+
+
+class HostGroup:
+    """Sums, gathers and broadcasts of small host-side values over all ranks.
+
+    A gloo group of its own, so that agreeing on a count or a stop signal never waits for a GPU.
+    All methods are collective.
+    """
+
+    def __init__(self, timeout_seconds: float) -> None:
+        import torch.distributed as dist
+
+        self._group: ProcessGroup = dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout_seconds))
+        self.world_size = dist.get_world_size()
+        self.rank = dist.get_rank()
+
+    def sum(self, *values: int) -> tuple[int, ...]:
+        """Return each value summed over ranks."""
+        return tuple(int(v) for v in self._reduce(values, "SUM"))
+
+    def max(self, *values: float) -> tuple[float, ...]:
+        """Return the largest of each value over ranks."""
+        return tuple(self._reduce(values, "MAX"))
+
+    def _reduce(self, values: tuple[float, ...], operation: str) -> list[float]:
+        import torch
+        import torch.distributed as dist
+
+        integers = all(isinstance(v, int) for v in values)
+        tensor = torch.tensor(values, dtype=torch.int64 if integers else torch.float64)
+        dist.all_reduce(tensor, op=getattr(dist.ReduceOp, operation), group=self._group)
+        return tensor.tolist()
+
+    def gather(self, value: Any) -> list[Any]:
+        """Return every rank's (picklable) value, in rank order, on every rank."""
+        import torch.distributed as dist
+
+        gathered: list[Any] = [None] * self.world_size
+        dist.all_gather_object(gathered, value, group=self._group)
+        return gathered
+
+    def from_main(self, value: Any) -> Any:
+        """Return rank 0's (picklable) value on every rank."""
+        import torch.distributed as dist
+
+        box = [value]
+        dist.broadcast_object_list(box, src=0, group=self._group)
+        return box[0]
+
+    def barrier(self) -> None:
+        """Wait for all ranks."""
+        self.sum(0)

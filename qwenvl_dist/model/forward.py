@@ -1,0 +1,60 @@
+"""The loss: a frozen tower without gradient, logits only where there is a target."""
+
+from __future__ import annotations
+
+import contextlib
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import cross_entropy
+from transformers import Qwen2VLForConditionalGeneration
+
+from qwenvl_dist.model.pixels import PixelSettings, pixel_values
+
+if TYPE_CHECKING:
+    from qwenvl_dist.data.batch import CaptionBatch
+
+
+class Qwen2VLForCaptionLoss(Qwen2VLForConditionalGeneration):
+    """Qwen2-VL whose `forward` also takes a whole CaptionBatch and returns its summed token loss.
+
+    A subclass rather than a wrapper: parameter names stay those that peft and the hub know.
+    """
+
+    pixel_settings: PixelSettings | None = None  # set once after loading
+
+    def forward(self, *args: Any, batch: CaptionBatch | None = None, **kwargs: Any) -> Any:  # type: ignore[override]
+        """Return the summed loss of `batch` (a float32 scalar), or without a batch what transformers returns."""
+        if batch is None:
+            return super().forward(*args, **kwargs)
+        return self.caption_loss(batch)
+
+    def vision_features(self, batch: CaptionBatch) -> Tensor:
+        """Return (visual tokens, hidden) of all pictures of the batch, in order."""
+        assert self.pixel_settings is not None, "set pixel_settings after loading"
+        visual = self.model.visual
+        # A frozen tower is run, never differentiated: no graph, no kept activations.
+        trains = any(parameter.requires_grad for parameter in visual.parameters())
+        with contextlib.nullcontext() if trains else torch.no_grad():
+            pixels = pixel_values(batch.pixels, batch.grids, self.pixel_settings).to(visual.dtype)
+            return visual(pixels, grid_thw=batch.image_grid_thw).pooler_output
+
+    def hidden_states(self, batch: CaptionBatch) -> Tensor:
+        """Return the language model's last hidden states, (batch, seq, hidden)."""
+        features = self.vision_features(batch)
+        embeds = self.model.get_input_embeddings()(batch.input_ids)
+        flat = embeds.reshape(-1, embeds.shape[-1])
+        flat = flat.index_copy(0, batch.image_positions, features.to(flat.dtype))
+        # No mask: sequences are padded on the right, attention is causal, and no target sits on padding.
+        return self.model.language_model(
+            inputs_embeds=flat.view_as(embeds), position_ids=batch.position_ids, use_cache=False
+        ).last_hidden_state
+
+    def caption_loss(self, batch: CaptionBatch) -> Tensor:
+        """Return the sum of the token losses, a float32 scalar with a graph even when the batch has no target."""
+        hidden = self.hidden_states(batch)
+        # Two-dimensional before the head: a sliced three-dimensional input becomes a batched product over an expanded
+        # weight, several times slower with a vocabulary of 152k.
+        at_targets = hidden.reshape(-1, hidden.shape[-1])[batch.target_positions]
+        return cross_entropy(self.lm_head(at_targets).float(), batch.target_ids, reduction="sum")
