@@ -73,9 +73,9 @@ def pack(
 ) -> PackReport:
     """Write `samples` as shards into the folder `out`; over a finished output do nothing.
 
-    A picture that cannot be read is a `UserError`; with `skip_bad` its sample is left out, counted and named
-    in the manifest. `packing` is noted there too. `advance` hears how many samples are done. Nothing that is in
-    `out` already is overwritten unless it was made from these samples.
+    A picture that cannot be read is a `UserError`; with `skip_bad` its sample is left out, and named in the
+    manifest. `packing` is noted there too. `advance` hears how many samples are done. Nothing that `out` holds
+    is overwritten unless it was made from these samples.
     """
     if samples_per_shard < 1:
         raise UserError(f"--samples-per-shard {samples_per_shard}: must be at least 1")
@@ -204,7 +204,7 @@ def _pack_shard(task: _Task) -> _Result:
 
 
 def _kept(task: _Task) -> tuple[ShardIndex, list[Skipped]] | None:
-    """Return the index of the shard that is there already and what was left out; None when it must be written.
+    """Return the index of the shard that is there already and what was left out; None to write it.
 
     `UserError` when it was made from other samples. Reads no pictures but those that changed after the shard
     was written.
