@@ -4,10 +4,11 @@ import os
 import pickle
 import tarfile
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
-from conftest import jpeg
+from made_coco import jpeg
 
 from qwenvl_dist.data.formats import caption_messages
 from qwenvl_dist.data.index import (
@@ -133,21 +134,17 @@ def test_a_member_twice_is_refused(tmp_path):
         build_shard_index(tmp_path / "a.tar")
 
 
-@pytest.mark.parametrize("flip", range(0, 700, 3))
-def test_a_flipped_byte_in_an_index_never_surprises(tmp_path, flip):
+def test_a_flipped_byte_in_an_index_never_surprises(tmp_path):
     """It reads as an index, whose checksums then fail, or as a clear error."""
-    content = bytearray(build_shard_index(make_tar(tmp_path / "a.tar")).to_bytes())
-    content[flip % len(content)] ^= 0x10
-    try:
-        index = parse_shard_index(bytes(content), "a")
-    except UserError:
-        return
-    reader = ShardReader(tmp_path / "a.tar", index)
-    for i in range(len(index)):
-        try:
-            reader.read(i)
-        except BadSample:
-            pass
+    intact = build_shard_index(make_tar(tmp_path / "a.tar")).to_bytes()
+    for position in range(len(intact)):
+        content = bytearray(intact)
+        content[position] ^= 0x10
+        with suppress(UserError):
+            reader = ShardReader(tmp_path / "a.tar", parse_shard_index(bytes(content), "a"))
+            for i in range(len(reader)):
+                with suppress(BadSample):
+                    reader.read(i)
 
 
 def test_images_come_in_the_order_of_their_numbers():
@@ -162,7 +159,7 @@ def test_probe_goes_by_content(kind, extension):
 
 @pytest.mark.parametrize("data", [b"", b"text", jpeg(0)[:20], jpeg(0, kind="BMP"), jpeg(0, kind="PNG")[:20]])
 def test_probe_refuses_what_is_no_picture_for_a_shard(data):
-    with pytest.raises(ValueError, match="picture|empty"):
+    with pytest.raises(ValueError, match=r"picture|empty"):
         probe_image(data)
 
 
