@@ -129,8 +129,8 @@ def deepspeed_config(recipe: Recipe) -> dict[str, Any]:
     if config is None:
         config = _read_deepspeed_file(shipped_deepspeed_config("zero2.json"))
     stage = config["zero_optimization"].get("stage")
-    if stage not in (1, 2, 3):
-        raise UserError(f"zero_optimization.stage = {stage}: this toolkit trains under ZeRO 1, 2 or 3; set one of them")
+    if stage not in (2, 3):
+        raise UserError(f"zero_optimization.stage = {stage}: this toolkit trains under ZeRO 2 or 3; set one of them")
     config["train_micro_batch_size_per_gpu"] = recipe.data.micro_batch_size
     config["gradient_accumulation_steps"] = recipe.train.grad_accum_steps
     config["gradient_clipping"] = recipe.optim.max_grad_norm

@@ -59,7 +59,7 @@ class progress:  # noqa: N801
         if rank() == 0 and sys.stderr.isatty():
             from rich import progress as rich_progress
 
-            self._bar = rich_progress.Progress(
+            bar = rich_progress.Progress(
                 rich_progress.TextColumn("{task.description}"),
                 rich_progress.BarColumn(),
                 rich_progress.MofNCompleteColumn(),
@@ -68,8 +68,9 @@ class progress:  # noqa: N801
                 console=_console(),
                 auto_refresh=False,  # no thread beside us: the work may fork
             )
-            self._bar.add_task(self.description, total=self.total)
-            self._bar.start()
+            bar.add_task(self.description, total=self.total)
+            bar.start()
+            self._bar = bar
         return self
 
     def advance(self, n: int = 1) -> None:

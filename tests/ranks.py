@@ -15,11 +15,13 @@ from typing import Any
 ROOT = Path(__file__).parents[1]
 
 
-def run_ranks(target: str, world: int, *, timeout: float, env: dict[str, str] | None = None, **kwargs: Any) -> list[str]:
+def run_ranks(
+    target: str, world: int, *, timeout: float, env: dict[str, str] | None = None, **kwargs: Any
+) -> list[str]:
     """Run `module:function(**kwargs)` on ranks 0..world-1 and return each rank's stdout.
 
-    The function finds its place in RANK, LOCAL_RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT and sets up its own
-    process group. When a rank fails or the time is out, all are killed and every rank's stderr is shown.
+    The function finds its place in RANK, LOCAL_RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT and sets up its
+    own process group. When a rank fails or the time is out, all are killed and every rank's stderr is shown.
 
     Args:
         target: `tests.some_module:run_something`; `kwargs` must fit in JSON.
@@ -64,7 +66,9 @@ def run_ranks(target: str, world: int, *, timeout: float, env: dict[str, str] | 
                     os.killpg(process.pid, signal.SIGKILL)
                 process.wait()
         if failure:
-            shown = "\n".join(f"--- rank {rank}, stderr:\n{_tail(err)}" for rank, (_, err) in enumerate(outputs))
+            shown = "\n".join(
+                f"--- rank {rank}, stderr:\n{_tail(err)}" for rank, (_, err) in enumerate(outputs)
+            )
             raise AssertionError(f"{target} on {world} ranks: {failure}\n{shown}")
         return [out.read_text() for out, _ in outputs]
 

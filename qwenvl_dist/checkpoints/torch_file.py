@@ -228,7 +228,9 @@ def _rebuild_parameter(data: StoredTensor, *_rest: Any) -> StoredTensor:
     return data
 
 
-def _rebuild_from_type(rebuild: Callable[..., Any], _type: Any, arguments: tuple[Any, ...], _state: Any) -> Any:
+def _rebuild_from_type(
+    rebuild: Callable[..., Any], _type: Any, arguments: tuple[Any, ...], _state: Any
+) -> Any:
     """Stand for torch's rebuilding of tensors with attributes of their own, which are dropped."""
     return rebuild(*arguments)  # reaches nothing that the pickle could not call by itself
 

@@ -116,7 +116,7 @@ class RunPlan:
     """All positions of a run of `epochs` passes over the data set."""
 
     def __init__(
-        self, shard_sizes: Sequence[int], *, seed: int, window: int, epochs: int = 1, shuffle: bool = True
+        self, shard_sizes: Sequence[int] | Int64, *, seed: int, window: int, epochs: int = 1, shuffle: bool = True
     ) -> None:
         self._sizes = np.asarray(shard_sizes, np.int64)
         self._seed, self._window, self._shuffle = seed, window, shuffle

@@ -10,7 +10,7 @@ from pathlib import Path
 from torch.utils.data import IterableDataset, get_worker_info
 
 from qwenvl_dist.data.batch import BadSampleRecord
-from qwenvl_dist.data.index import BadSample, Manifest, RawSample, ShardReader, load_shard_index
+from qwenvl_dist.data.index import BadSample, Manifest, RawSample, ShardReader, index_path, load_shard_index
 from qwenvl_dist.data.plan import Place, RunPlan, StepLayout
 
 
@@ -29,16 +29,11 @@ class ShardSet:
     def __getstate__(self) -> dict:
         return {**vars(self), "_readers": OrderedDict()}  # open files stay with the process that opened them
 
-    @property
-    def shard_sizes(self) -> list[int]:
-        """Samples in each shard, in the manifest's order."""
-        return [shard.samples for shard in self.manifest.shards]
-
     def _reader(self, shard: int) -> ShardReader:
         reader = self._readers.pop(shard, None)
         if reader is None:
             path = self.folder / self.manifest.shards[shard].name
-            reader = ShardReader(path, load_shard_index(path))
+            reader = ShardReader(path, load_shard_index(index_path(path)))
             while len(self._readers) >= self.keep_open:
                 self._readers.popitem(last=False)[1].close()
         self._readers[shard] = reader

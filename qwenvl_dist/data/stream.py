@@ -26,14 +26,6 @@ from qwenvl_dist.data.plan import RunPlan, StepLayout
 from qwenvl_dist.data.source import PlannedSample, PlannedSource, ShardSet
 
 
-def _picture_members(raw: RawSample) -> list[bytes]:
-    """Return the picture bytes in the order of their placeholders: KEY.jpg, or KEY.0.jpg, KEY.1.jpg ..."""
-    pictures = [name for name in raw.members if name != "json"]
-    numbered = [(int(head), name) for name in pictures for head in [name.split(".")[0]] if head.isdigit()]
-    ordered = [name for _, name in sorted(numbered)] if numbered else pictures
-    return [raw.members[name] for name in ordered]
-
-
 class SampleEncoder:
     """Bytes of a sample -> Example. Picklable; runs in loader workers."""
 
@@ -60,8 +52,8 @@ class SampleEncoder:
 
     def encode(self, raw: RawSample) -> Example:
         """Encode one sample. Raises UnreadableImage, TooLong, or ValueError for a damaged record."""
-        messages = json.loads(raw.members["json"])["messages"]
-        pictures = [self.picture(data) for data in _picture_members(raw)]
+        messages = json.loads(raw.json)["messages"]
+        pictures = [self.picture(data) for data in raw.images]
         grids = tuple(grid for _, grid in pictures)
         pixels = np.concatenate([p for p, _ in pictures]) if pictures else np.zeros(0, np.uint8)
         return Example(raw.key, self.chat.encode(messages, grids), grids, pixels)

@@ -1,5 +1,6 @@
-"""Functions that ranks run: train a little under DeepSpeed, save, and write down what DeepSpeed itself holds."""
+"""Functions that ranks run: train a little under DeepSpeed, save, and write down what DeepSpeed holds."""
 
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -13,24 +14,43 @@ class OddModel(torch.nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.weights = torch.nn.ParameterList([torch.nn.Parameter(torch.randn(shape)) for shape in ODD_SHAPES])
+        self.weights = torch.nn.ParameterList(
+            [torch.nn.Parameter(torch.randn(shape)) for shape in ODD_SHAPES]
+        )
         self.frozen = torch.nn.Parameter(torch.randn(9), requires_grad=False)
 
     def forward(self, factor: torch.Tensor) -> torch.Tensor:
-        return sum((factor * weight).pow(2).sum() + weight.sum() for weight in self.weights) + self.frozen.sum()
+        return (
+            sum((factor * weight).pow(2).sum() + weight.sum() for weight in self.weights) + self.frozen.sum()
+        )
 
 
-def ds_config(stage: int, dtype: str, zero: dict[str, Any] | None = None, config: dict[str, Any] | None = None):
+def ds_config(
+    stage: int, dtype: str, zero: dict[str, Any] | None = None, config: dict[str, Any] | None = None
+):
     return {
         "train_micro_batch_size_per_gpu": 1,
         "gradient_accumulation_steps": 1,
+        "zero_force_ds_cpu_optimizer": False,
         "zero_optimization": {"stage": stage, **(zero or {})},
-        **({"bf16": {"enabled": True}} if dtype == "bfloat16" else {}),
+        **({dtype: {"enabled": True}} if dtype != "float32" else {}),
         **(config or {}),
     }
 
 
-def run_odd(
+def run_odd(out: str, cases: dict[str, dict[str, Any]]) -> None:
+    """Train `OddModel` under each case and save it to `out/<case>`. Collective."""
+    import deepspeed
+
+    deepspeed.init_distributed("gloo")
+    for name, case in cases.items():
+        print(f"case {name}", file=sys.stderr, flush=True)
+        _train_odd(str(Path(out, name)), **case)
+    torch.distributed.barrier()
+    torch.distributed.destroy_process_group()
+
+
+def _train_odd(
     out: str,
     stage: int,
     dtype: str = "float32",
@@ -39,22 +59,19 @@ def run_odd(
     zero: dict[str, Any] | None = None,
     config: dict[str, Any] | None = None,
 ) -> None:
-    """Train `OddModel` and save it to `out`; `truth.pt` beside it is what DeepSpeed gathers itself."""
     import deepspeed
 
     torch.manual_seed(0)
-    deepspeed.init_distributed("gloo")
-    with deepspeed.zero.Init(enabled=stage == 3, config_dict_or_path=ds_config(stage, dtype, zero, config)):
+    settings = ds_config(stage, dtype, zero, config)
+    with deepspeed.zero.Init(enabled=stage == 3, config_dict_or_path=settings):
         model = OddModel()
     trainable = [weight for weight in model.parameters() if weight.requires_grad]
     parameters = [{"params": trainable[i::groups], "lr": 0.01 * (i + 1)} for i in range(groups)]
     engine, *_ = deepspeed.initialize(
-        model=model,
-        optimizer=torch.optim.AdamW(parameters, lr=0.01),
-        config=ds_config(stage, dtype, zero, config),
+        model=model, optimizer=torch.optim.AdamW(parameters, lr=0.01), config=settings
     )
     for step in range(steps):
-        factor = torch.tensor(1.0 + step + torch.distributed.get_rank(), dtype=getattr(torch, dtype))
+        factor = torch.tensor(1.0 + step + torch.distributed.get_rank(), dtype=next(model.parameters()).dtype)
         engine.backward(engine(factor))
         engine.step()
     save(engine, model, out, moments=steps > 0)
@@ -62,8 +79,14 @@ def run_odd(
 
 def save(engine: Any, model: torch.nn.Module, out: str, moments: bool = True) -> None:
     """Save as the training loop does, with the truth beside it. Collective."""
+    import deepspeed
     from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
 
+    optimizer = engine.optimizer
+    if moments and hasattr(optimizer, "_hp_optimizer_states_linked"):
+        # DeepSpeed 0.19.8 links the moments after the first group's step: those of later groups are not found
+        optimizer._hp_optimizer_states_linked = False
+        optimizer._lazy_init_hp_params_optimizer_state()
     engine.save_checkpoint(out, tag="zero", exclude_frozen_parameters=True)
     truth = {
         name: {
@@ -77,7 +100,9 @@ def save(engine: Any, model: torch.nn.Module, out: str, moments: bool = True) ->
         for name, parameter in model.named_parameters()
         if parameter.requires_grad
     }
+    for name, parameter in model.named_parameters():
+        with deepspeed.zero.GatheredParameters([parameter], enabled=hasattr(parameter, "ds_id")):
+            if parameter.requires_grad:
+                truth[name]["weight"] = parameter.detach().clone()
     if torch.distributed.get_rank() == 0:
         torch.save(truth, Path(out, "truth.pt"))
-    torch.distributed.barrier()
-    torch.distributed.destroy_process_group()

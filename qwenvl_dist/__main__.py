@@ -1,0 +1,60 @@
+"""The command line: parse, call, turn errors into one line and an exit code. Imports nothing heavy."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import os
+import sys
+import traceback
+from collections.abc import Sequence
+from typing import NoReturn
+
+from qwenvl_dist.errors import CheckFailed, UserError
+
+COMMANDS = ("shards", "train", "merge", "predict", "evaluate", "synthetic")
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """Return the parser of all commands."""
+    parser = argparse.ArgumentParser(
+        prog="qwenvl-dist",
+        description="Distributed fine-tuning of Qwen2-VL: pack shards, train, merge, look at the result.",
+    )
+    subparsers = parser.add_subparsers(required=True, metavar="COMMAND")
+    for name in COMMANDS:
+        importlib.import_module(f"qwenvl_dist.commands.{name}").add_parser(subparsers)
+    return parser
+
+
+def _end(message: str, code: int) -> NoReturn:
+    """Print one line and leave. Among several ranks at once: the others must not wait for our clean-up."""
+    world_size, rank = int(os.environ.get("WORLD_SIZE", "1")), os.environ.get("RANK", "0")
+    prefix = f"[rank {rank}] " if world_size > 1 else ""
+    print(f"{prefix}error: {message}", file=sys.stderr, flush=True)
+    if world_size > 1:
+        sys.stdout.flush()
+        os._exit(code)
+    sys.exit(code)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; 0 done, 1 the work failed or a check found faults, 2 the command line or recipe is wrong."""
+    args = build_parser().parse_args(argv)
+    try:
+        return args.run(args)
+    except UserError as error:
+        _end(str(error), 2)
+    except CheckFailed as error:
+        _end(str(error), 1)
+    except KeyboardInterrupt:
+        _end("interrupted", 1)
+    except Exception as error:
+        if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+            raise
+        traceback.print_exc()
+        _end(f"{type(error).__name__}: {error}", 1)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

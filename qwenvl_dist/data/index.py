@@ -1,0 +1,569 @@
+"""What a reader needs to know about shards without opening them: a shard's index, a dataset's manifest.
+
+`<shard>.tar.idx`, JSON lines: a header, then a line a sample in the order of the tar:
+
+    {"format":"qwenvl-dist-index","version":1,"shard":"shard-000000.tar","bytes":10240,"samples":1}
+    {"key":"000000000139","members":{"jpg":[512,4096,"9ae0daaf"],"json":[5120,310,"1f2e3d4c"]},
+     "images":[[640,426]],"caption_length":48}
+
+A member is the offset of its first byte in the tar, its size, its crc32. `images` are width and height as
+stored, no EXIF rotation; `caption_length` counts the characters of the assistant's text.
+
+`manifest.json` names every shard with size, sha256 and count, and carries a fingerprint of them all.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import tarfile
+import warnings
+import zlib
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from io import BytesIO
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from qwenvl_dist.errors import UserError
+
+INDEX_FORMAT = "qwenvl-dist-index"
+MANIFEST_FORMAT = "qwenvl-dist-shards"
+MANIFEST_NAME = "manifest.json"
+VERSION = 1
+TAR_BLOCK = 512
+
+# The picture formats that a shard holds, by Pillow's name. MPO is a JPEG with more pictures behind the first.
+IMAGE_EXTENSIONS = {"JPEG": "jpg", "MPO": "jpg", "PNG": "png", "WEBP": "webp"}
+_IMAGE_MEMBER = re.compile(r"(?:(\d+)\.)?(?:jpg|jpeg|png|webp)")
+
+# webdataset's rule: the key is all up to the first dot of the file name, the extension is the rest.
+_KEY_AND_EXTENSION = re.compile(r"((?:.*/|)[^.]+)[.]([^/]*)")
+
+
+class BadSample(Exception):  # noqa: N818
+    """A sample that cannot be read, or not as it was packed."""
+
+    def __init__(self, shard: str, key: str, reason: str) -> None:
+        super().__init__(shard, key, reason)
+        self.shard, self.key, self.reason = shard, key, reason
+
+    def __str__(self) -> str:
+        return f"{self.shard}: {self.key}: {self.reason}"
+
+
+@dataclass(frozen=True)
+class RawSample:
+    """A sample's bytes as they lie in the shard."""
+
+    key: str
+    members: dict[str, bytes]  # by extension: "jpg", "json", "0.jpg"
+
+    @property
+    def json(self) -> bytes:
+        """Return the bytes of `KEY.json`, empty when the shard holds none."""
+        return self.members.get("json", b"")
+
+    @property
+    def images(self) -> list[bytes]:
+        """Return the pictures in the order of the messages."""
+        return [self.members[extension] for extension in image_members(self.members)]
+
+
+@dataclass(frozen=True)
+class Member:
+    """Where a sample's member lies in its tar."""
+
+    offset: int  # of the first byte of data
+    size: int
+    crc32: int
+
+
+@dataclass(frozen=True, eq=False)
+class ShardIndex:
+    """One shard's samples, in tar order, column by column."""
+
+    shard: str
+    num_bytes: int  # of the tar
+    keys: list[str]
+    extensions: list[str]  # the distinct ones; `extension_ids` point into it
+    member_starts: (
+        np.ndarray
+    )  # (samples + 1,) int64: sample i has members member_starts[i] to member_starts[i + 1]
+    extension_ids: np.ndarray  # (members,) int32
+    offsets: np.ndarray  # (members,) int64
+    sizes: np.ndarray  # (members,) int64
+    crcs: np.ndarray  # (members,) uint32
+    image_starts: np.ndarray  # (samples + 1,) int64: the same for images
+    image_sizes: np.ndarray  # (images, 2) int32: width, height; 0, 0 where the picture cannot be read
+    caption_lengths: np.ndarray  # (samples,) int32, in characters
+
+    def __len__(self) -> int:
+        return len(self.keys)
+
+    def members(self, i: int) -> dict[str, Member]:
+        """Return sample `i`'s members by extension, in tar order."""
+        return {
+            self.extensions[self.extension_ids[m]]: Member(
+                int(self.offsets[m]), int(self.sizes[m]), int(self.crcs[m])
+            )
+            for m in range(self.member_starts[i], self.member_starts[i + 1])
+        }
+
+    def images(self, i: int) -> np.ndarray:
+        """Return the (images, 2) widths and heights of sample `i`."""
+        return self.image_sizes[self.image_starts[i] : self.image_starts[i + 1]]
+
+    def lines(self) -> Iterator[str]:
+        """Yield the lines of the index file, without line ends."""
+        header = {"format": INDEX_FORMAT, "version": VERSION, "shard": self.shard}
+        yield _compact({**header, "bytes": self.num_bytes, "samples": len(self)})
+        for i, key in enumerate(self.keys):
+            members = {
+                extension: [member.offset, member.size, f"{member.crc32:08x}"]
+                for extension, member in self.members(i).items()
+            }
+            record = {"key": key, "members": members, "images": self.images(i).tolist()}
+            yield _compact({**record, "caption_length": int(self.caption_lengths[i])})
+
+    def to_bytes(self) -> bytes:
+        """Return the content of the index file; the same shard always gives the same bytes."""
+        return "".join(line + "\n" for line in self.lines()).encode()
+
+
+def index_path(tar: Path) -> Path:
+    """Return where the index of `tar` lies."""
+    return tar.with_name(tar.name + ".idx")
+
+
+def load_shard_index(path: Path, expected_sha256: str | None = None) -> ShardIndex:
+    """Read an index file. `UserError` when it is missing, damaged, or not the one with `expected_sha256`."""
+    path = Path(path)
+    try:
+        data = path.read_bytes()
+    except FileNotFoundError:
+        raise UserError(f"{path}: the shard's index is missing: pack again, or restore it") from None
+    if expected_sha256 is not None and hashlib.sha256(data).hexdigest() != expected_sha256:
+        raise UserError(
+            f"{path}: is not the index that the manifest names (sha256 differs): restore it, or pack again"
+        )
+    return parse_shard_index(data, str(path))
+
+
+def parse_shard_index(data: bytes, name: str) -> ShardIndex:
+    """Read the content of an index file; `name` is what an error calls it."""
+    remedy = "restore it, or pack again"
+    try:
+        header, *records = json.loads(b"[" + b",".join(data.splitlines()) + b"]")
+        found = (header["format"], header["version"])
+    except (ValueError, KeyError, TypeError, RecursionError):
+        raise UserError(f"{name}: is not a shard index (damaged, or another file): {remedy}") from None
+    if found != (INDEX_FORMAT, VERSION):
+        raise UserError(
+            f"{name}: has format {found[0]} version {found[1]}, this program reads {INDEX_FORMAT} {VERSION}"
+        )
+    try:
+        if len(records) != header["samples"]:
+            raise UserError(f"{name}: holds {len(records)} of {header['samples']} samples: {remedy}")
+        return _index_from_records(str(header["shard"]), int(header["bytes"]), records)
+    except (ValueError, KeyError, TypeError, IndexError, OverflowError) as error:
+        raise UserError(f"{name}: has a damaged line ({type(error).__name__}: {error}): {remedy}") from None
+
+
+def build_shard_index(tar: Path, name: str | None = None) -> ShardIndex:
+    """Index a plain tar by reading it once. `UserError` when it is damaged or holds an unsafe name.
+
+    Samples are grouped as webdataset does it: neighbours with one key. `name`: the shard's, if not the file's.
+    """
+    tar = Path(tar)
+    records: list[dict[str, Any]] = []
+    with tar.open("rb") as file:
+        for key, extension, offset, size in _walk(file, tar):
+            file.seek(offset)
+            data = file.read(size)
+            if not records or records[-1]["key"] != key:
+                records.append({"key": key, "members": {}, "contents": {}})
+            record = records[-1]
+            if extension in record["members"]:
+                raise UserError(
+                    f"{tar}: holds {key}.{extension} twice: a sample's members must differ; pack it again"
+                )
+            record["members"][extension] = [offset, size, f"{zlib.crc32(data):08x}"]
+            if extension == "json" or _IMAGE_MEMBER.fullmatch(extension):
+                record["contents"][extension] = data
+            if len(records) > 1 and "contents" in records[-2]:
+                _describe(records[-2])
+        if records:
+            _describe(records[-1])
+        num_bytes = os.fstat(file.fileno()).st_size
+    return _index_from_records(name or tar.name, num_bytes, records)
+
+
+def image_members(extensions: Iterable[str]) -> list[str]:
+    """Return the extensions that are pictures, in the messages' order: jpg, or 0.jpg, 1.jpg ... 10.jpg."""
+    matches = (_IMAGE_MEMBER.fullmatch(extension) for extension in extensions)
+    pictures = [(int(match.group(1) or 0), match.group(0)) for match in matches if match]
+    return [extension for _, extension in sorted(pictures)]
+
+
+def probe_image(data: bytes) -> tuple[str, int, int]:
+    """Return (extension, width, height) from a picture's header; ValueError says why it is none we take."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", Image.DecompressionBombWarning)
+        try:
+            with Image.open(BytesIO(data)) as image:
+                extension = IMAGE_EXTENSIONS.get(image.format or "")
+                kind = image.format
+                width, height = image.size
+        except (Image.DecompressionBombWarning, Image.DecompressionBombError):
+            raise ValueError(f"has more than {Image.MAX_IMAGE_PIXELS} pixels") from None
+        except Exception:  # Pillow's parsers raise whatever a damaged header leads them to
+            raise ValueError("not a readable picture" if data else "an empty file") from None
+    if extension is None:
+        raise ValueError(f"a {kind} picture, only JPEG, PNG and WebP can be packed")
+    return extension, width, height
+
+
+class ShardReader:
+    """Read samples of one local shard by number, each member's size and crc32 checked.
+
+    Safe in threads, after a fork and after pickling: the file is opened once a process, at the first read.
+    """
+
+    def __init__(self, tar: Path, index: ShardIndex) -> None:
+        self.tar = Path(tar)
+        self.index = index
+        self._descriptors: dict[int, int] = {}  # process id -> file descriptor
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"tar": self.tar, "index": self.index, "_descriptors": {}}
+
+    def __len__(self) -> int:
+        return len(self.index)
+
+    def read(self, i: int) -> RawSample:
+        """Return sample `i`; raise `BadSample` when a byte of it is missing or wrong."""
+        return RawSample(self.index.keys[i], {e: self.read_member(i, e) for e in self.index.members(i)})
+
+    def read_member(self, i: int, extension: str) -> bytes:
+        """Return one member of sample `i`; raise `BadSample` when a byte of it is missing or wrong."""
+        key = self.index.keys[i]
+        member = self.index.members(i).get(extension)
+        if member is None:
+            raise BadSample(self.index.shard, key, f"{extension}: missing member")
+        try:
+            descriptor = self._descriptor()
+            available = max(0, min(member.size, os.fstat(descriptor).st_size - member.offset))
+            data = _pread(descriptor, available, member.offset)
+        except FileNotFoundError:
+            raise BadSample(self.index.shard, key, "missing shard file") from None
+        except OSError as error:
+            raise BadSample(self.index.shard, key, f"shard cannot be read ({error.strerror})") from None
+        if len(data) < member.size:
+            reason = f"{extension}: truncated, {len(data)} of {member.size} bytes"
+            raise BadSample(self.index.shard, key, reason)
+        crc32 = zlib.crc32(data)
+        if crc32 != member.crc32:
+            reason = f"{extension}: checksum differs (crc32 {crc32:08x}, packed as {member.crc32:08x})"
+            raise BadSample(self.index.shard, key, reason)
+        return data
+
+    def close(self) -> None:
+        """Close the file; a later read opens it again."""
+        while self._descriptors:
+            os.close(self._descriptors.popitem()[1])
+
+    def _descriptor(self) -> int:
+        process = os.getpid()
+        descriptor = self._descriptors.get(process)
+        if descriptor is None:
+            opened = os.open(self.tar, os.O_RDONLY | os.O_CLOEXEC)
+            descriptor = self._descriptors.setdefault(process, opened)
+            if descriptor != opened:  # another thread was first
+                os.close(opened)
+        return descriptor
+
+    def __del__(self) -> None:
+        self.close()
+
+
+@dataclass(frozen=True)
+class ShardEntry:
+    """One shard in the manifest."""
+
+    name: str
+    num_bytes: int
+    sha256: str
+    index_sha256: str
+    samples: int
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the shard's entry in `manifest.json`."""
+        fields = {"name": self.name, "bytes": self.num_bytes, "sha256": self.sha256}
+        return {**fields, "index_sha256": self.index_sha256, "samples": self.samples}
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """All shards of a dataset folder."""
+
+    shards: list[ShardEntry]
+    packing: dict[str, Any] = field(
+        default_factory=dict
+    )  # how it was packed: for people, nothing reads it back
+
+    @property
+    def samples(self) -> int:
+        """Return the number of samples in all shards."""
+        return sum(shard.samples for shard in self.shards)
+
+    @property
+    def shard_sizes(self) -> np.ndarray:
+        """Return the (shards,) int64 sample counts."""
+        return np.array([shard.samples for shard in self.shards], dtype=np.int64)
+
+    @property
+    def fingerprint(self) -> str:
+        """Return the sha256 over every shard's name, count and content."""
+        content = [[shard.name, shard.samples, shard.sha256] for shard in self.shards]
+        return hashlib.sha256(_compact(content).encode()).hexdigest()
+
+    @classmethod
+    def load(cls, folder: Path) -> Manifest:
+        """Read `folder/manifest.json`. `UserError` when it is missing, damaged or another program's."""
+        folder = Path(folder)
+        path = folder / MANIFEST_NAME
+        try:
+            content = json.loads(path.read_bytes())
+        except FileNotFoundError:
+            if not folder.is_dir():
+                raise UserError(
+                    f"{folder}: no such folder; it must be one that `shards pack` wrote"
+                ) from None
+            raise UserError(
+                f"{folder}: holds no {MANIFEST_NAME}; it must be a folder that `shards pack` finished"
+            ) from None
+        except NotADirectoryError:
+            raise UserError(f"{folder}: is a file; it must be a folder that `shards pack` wrote") from None
+        except (ValueError, RecursionError) as error:
+            raise UserError(f"{path}: not JSON ({error}): restore it, or pack again") from None
+        return cls._from_json(content, path)
+
+    @classmethod
+    def _from_json(cls, content: Any, path: Path) -> Manifest:
+        remedy = "restore it, or pack again"
+        kind = content.get("format") if isinstance(content, dict) else None
+        if kind != MANIFEST_FORMAT:
+            raise UserError(
+                f"{path}: has format {kind!r}, a dataset's manifest has {MANIFEST_FORMAT!r}; "
+                "name another folder"
+            )
+        if content.get("version") != VERSION:
+            raise UserError(
+                f"{path}: has version {content.get('version')!r}, this program reads {VERSION}; pack again"
+            )
+        try:
+            shards = [
+                ShardEntry(
+                    name=str(shard["name"]),
+                    num_bytes=int(shard["bytes"]),
+                    sha256=str(shard["sha256"]),
+                    index_sha256=str(shard["index_sha256"]),
+                    samples=int(shard["samples"]),
+                )
+                for shard in content["shards"]
+            ]
+            manifest = cls(shards, dict(content.get("packing") or {}))
+            stored = (content["samples"], content["fingerprint"])
+        except (ValueError, KeyError, TypeError) as error:
+            raise UserError(f"{path}: damaged ({type(error).__name__}: {error}): {remedy}") from None
+        for shard in shards:
+            if (
+                shard.name != PurePosixPath(shard.name).name
+                or shard.name in ("", ".", "..")
+                or "\\" in shard.name
+            ):
+                raise UserError(
+                    f"{path}: names the shard {shard.name!r}: must be a plain file name; {remedy}"
+                )
+        if stored != (manifest.samples, manifest.fingerprint):
+            raise UserError(
+                f"{path}: count or fingerprint do not fit its shards (edited or damaged): {remedy}"
+            )
+        return manifest
+
+    def write(self, folder: Path) -> None:
+        """Write `folder/manifest.json` at once: a reader sees the old one or all of the new one."""
+        write_atomic(Path(folder) / MANIFEST_NAME, (json.dumps(self.to_json(), indent=1) + "\n").encode())
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the content of `manifest.json`."""
+        return {
+            "format": MANIFEST_FORMAT,
+            "version": VERSION,
+            "samples": self.samples,
+            "fingerprint": self.fingerprint,
+            "packing": self.packing,
+            "shards": [shard.to_json() for shard in self.shards],
+        }
+
+
+def write_atomic(path: Path, data: bytes) -> None:
+    """Write a file so that a crash leaves the old one or the new one, both whole."""
+    temporary = path.with_name(path.name + ".tmp")
+    with temporary.open("wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)
+    sync_folder(path.parent)
+
+
+def sync_folder(folder: Path) -> None:
+    """Make renames in `folder` survive a power cut."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def split_member_name(name: str) -> tuple[str, str] | None:
+    """Return (key, extension) as webdataset splits a member's name, None for a member that it passes over."""
+    if re.match(r"__[^/]*__($|/)", name):
+        return None
+    match = _KEY_AND_EXTENSION.fullmatch(name)
+    return (match.group(1), match.group(2).lower()) if match else None
+
+
+def sha256_of(path: Path) -> str:
+    """Return the sha256 of a file, in hex."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _walk(file: Any, tar: Path) -> Iterator[tuple[str, str, int, int]]:
+    """Yield (key, extension, offset, size) of each member; nothing is extracted."""
+    num_bytes = os.fstat(file.fileno()).st_size
+    try:
+        with tarfile.open(fileobj=file, mode="r:") as archive:
+            while (member := archive.next()) is not None:
+                name = member.name
+                if name.startswith("/") or ".." in PurePosixPath(name).parts:
+                    raise UserError(
+                        f"{tar}: holds the unsafe name {name!r}: names must be relative, without '..'"
+                    )
+                if member.isdir():
+                    continue
+                if not _is_unicode(name):
+                    raise UserError(f"{tar}: holds the name {name!r}: names must be UTF-8; pack it again")
+                if not member.isreg() or member.issparse():
+                    raise UserError(
+                        f"{tar}: {name!r} is a link or a device: only plain files may be in a shard"
+                    )
+                if member.offset_data + member.size > num_bytes:
+                    raise UserError(f"{tar}: truncated in {name!r}: restore it, or pack again")
+                split = split_member_name(name)
+                if split is not None:
+                    yield *split, member.offset_data, member.size
+                vars(archive)["members"] = []  # else tarfile keeps them all
+            end = archive.offset
+    except (tarfile.TarError, OSError, ValueError, OverflowError) as error:
+        if isinstance(error, UserError):
+            raise
+        raise UserError(f"{tar}: not a readable tar ({error}): restore it, or pack again") from None
+    # tarfile takes a damaged header for the end of the archive: only zeros may follow the last member
+    if num_bytes - end < TAR_BLOCK or not _only_zeros(file, end):
+        what = "a damaged header" if num_bytes > end else "no end mark (truncated)"
+        raise UserError(f"{tar}: {what} at byte {end}: restore it, or pack again")
+
+
+def _is_unicode(name: str) -> bool:
+    try:
+        name.encode()
+    except UnicodeEncodeError:  # tarfile gives bytes that are not UTF-8 as lone surrogates
+        return False
+    return True
+
+
+def _only_zeros(file: Any, start: int) -> bool:
+    file.seek(start)
+    while chunk := file.read(1 << 20):
+        if chunk.count(0) != len(chunk):
+            return False
+    return True
+
+
+def _describe(record: dict[str, Any]) -> None:
+    """Replace a record's contents by what batching needs to know of them."""
+    contents = record.pop("contents")
+    record["images"] = [list(_size_or_zero(contents[extension])) for extension in image_members(contents)]
+    record["caption_length"] = _caption_length(contents.get("json", b""))
+
+
+def _size_or_zero(data: bytes) -> tuple[int, int]:
+    try:
+        _, width, height = probe_image(data)
+    except ValueError:
+        return 0, 0
+    return width, height
+
+
+def _caption_length(data: bytes) -> int:
+    """Return the characters of the assistant's text, 0 when the JSON is not in our form."""
+    try:
+        answers = [message for message in json.loads(data)["messages"] if message["role"] == "assistant"]
+        return sum(len(part["text"]) for message in answers for part in message["content"] if "text" in part)
+    except (ValueError, KeyError, TypeError, RecursionError):
+        return 0
+
+
+def _index_from_records(shard: str, num_bytes: int, records: list[dict[str, Any]]) -> ShardIndex:
+    extension_ids: dict[str, int] = {}
+    members = [member for record in records for member in record["members"].items()]
+    ids = [extension_ids.setdefault(extension, len(extension_ids)) for extension, _ in members]
+    images = [size for record in records for size in record["images"]]
+    offsets = np.array([member[0] for _, member in members], dtype=np.int64)
+    sizes = np.array([member[1] for _, member in members], dtype=np.int64)
+    if (offsets < TAR_BLOCK).any() or (sizes < 0).any():
+        raise ValueError("an offset or a size below its least")
+    return ShardIndex(
+        shard=shard,
+        num_bytes=num_bytes,
+        keys=[str(record["key"]) for record in records],
+        extensions=list(extension_ids),
+        member_starts=_starts(len(record["members"]) for record in records),
+        extension_ids=np.array(ids, dtype=np.int32),
+        offsets=offsets,
+        sizes=sizes,
+        crcs=np.array([int(member[2], 16) for _, member in members], dtype=np.uint32),
+        image_starts=_starts(len(record["images"]) for record in records),
+        image_sizes=np.array(images, dtype=np.int32).reshape(-1, 2),
+        caption_lengths=np.array([record["caption_length"] for record in records], dtype=np.int32),
+    )
+
+
+def _starts(counts: Iterable[int]) -> np.ndarray:
+    return np.cumsum([0, *counts], dtype=np.int64)
+
+
+def _pread(descriptor: int, size: int, offset: int) -> bytes:
+    """Read `size` bytes at `offset`, fewer only at the end of the file."""
+    data = os.pread(descriptor, size, offset)
+    if len(data) == size:
+        return data
+    pieces = [data]  # the kernel hands out at most 2 GiB at once, and network file systems sometimes less
+    missing = size - len(data)
+    while missing and pieces[-1]:
+        pieces.append(os.pread(descriptor, missing, offset + size - missing))
+        missing -= len(pieces[-1])
+    return b"".join(pieces)
+
+
+def _compact(value: object) -> str:
+    return json.dumps(value, separators=(",", ":"), ensure_ascii=False)

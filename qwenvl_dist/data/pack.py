@@ -1,0 +1,357 @@
+"""Samples -> tar shards that webdataset reads, their indexes, a manifest.
+
+Each shard is one piece of work whose bytes depend on its samples alone, so that neither the number of workers
+nor a kill in between changes the result. A shard is written under a temporary name, made durable, indexed,
+renamed; the manifest comes last. What a shard was made from is not noted anywhere: its index already says
+keys, sizes and checksums, and a rerun compares those with the input.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import itertools
+import os
+import time
+import zlib
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from qwenvl_dist.data.formats import SAFE_KEY, Sample
+from qwenvl_dist.data.index import (
+    MANIFEST_NAME,
+    Manifest,
+    ShardEntry,
+    ShardIndex,
+    build_shard_index,
+    image_members,
+    index_path,
+    load_shard_index,
+    probe_image,
+    sha256_of,
+    sync_folder,
+    write_atomic,
+)
+from qwenvl_dist.data.parallel import map_in_order
+from qwenvl_dist.errors import UserError
+
+# Marks a folder whose packing has begun and not ended; locked while a packer is at work.
+UNFINISHED_NAME = "packing.lock"
+LOCK_PATIENCE_SECONDS = 5.0
+
+
+@dataclass(frozen=True)
+class Skipped:
+    """A sample left out because of its picture."""
+
+    key: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class PackReport:
+    """What `pack` did."""
+
+    manifest: Manifest
+    shards_written: int
+    shards_kept: int  # finished by an earlier run
+    skipped: list[Skipped] = field(default_factory=list)
+
+
+def pack(
+    samples: Iterable[Sample],
+    out: Path,
+    *,
+    samples_per_shard: int = 1000,
+    workers: int = 1,
+    skip_bad: bool = False,
+    packing: dict[str, Any] | None = None,
+    advance: Callable[[int], None] = lambda n: None,
+) -> PackReport:
+    """Write `samples` as shards into the folder `out`; over a finished output do nothing.
+
+    A picture that cannot be read is a `UserError`; with `skip_bad` its sample is left out, counted and named
+    in the manifest. `packing` is noted there too. `advance` hears how many samples are done. Nothing that is in
+    `out` already is overwritten unless it was made from these samples.
+    """
+    if samples_per_shard < 1:
+        raise UserError(f"--samples-per-shard {samples_per_shard}: must be at least 1")
+    if workers < 1:
+        raise UserError(f"--workers {workers}: must be at least 1")
+    out = Path(out)
+    if out.exists() and not out.is_dir():
+        raise UserError(
+            f"{out}: is a file; --out must be a new folder or one that was packed from this input"
+        )
+    finished = Manifest.load(out) if (out / MANIFEST_NAME).exists() else None
+    tasks = _tasks(samples, out, samples_per_shard, skip_bad)
+    first = next(tasks, None)  # faults of the input come up before a folder is made
+    if first is None:
+        raise UserError(f"{out}: nothing to pack, the input holds no sample")
+    tasks = itertools.chain([first], tasks)
+    if finished is not None:
+        tasks = list(tasks)
+        skipped = _unchanged(finished, out, tasks)
+        if skipped is not None:
+            advance(sum(len(task.samples) for task in tasks))
+            return PackReport(finished, 0, len(finished.shards), skipped)
+    elif out.is_dir() and not (out / UNFINISHED_NAME).exists():
+        others = sorted(path.name for path in out.iterdir())
+        if others:
+            raise UserError(
+                f"{out}: holds other data ({', '.join(others[:3])}); --out must be a new or empty folder"
+            )
+
+    out.mkdir(parents=True, exist_ok=True)
+    _import_tar_writer()  # once, before the workers fork
+    with _locked(out / UNFINISHED_NAME):
+        results = []
+        for result in map_in_order(_pack_shard, tasks, workers):
+            results.append(result)
+            advance(result.num_input_samples)
+        skipped = [bad for result in results for bad in result.skipped]
+        notes = {**(packing or {}), "samples_per_shard": samples_per_shard}
+        manifest = Manifest(
+            [result.entry for result in results], {**notes, "skipped": [vars(bad) for bad in skipped]}
+        )
+        if finished is not None and finished.fingerprint != manifest.fingerprint:
+            raise UserError(f"{out}: holds damaged shards: verify it, remove those it names, and pack again")
+        for leftover in out.glob("shard-*.tmp"):
+            leftover.unlink()
+        manifest.write(out)
+        (out / UNFINISHED_NAME).unlink()
+    kept = sum(result.kept for result in results)
+    return PackReport(manifest, len(results) - kept, kept, skipped)
+
+
+@dataclass(frozen=True)
+class _Task:
+    tar: Path
+    samples: list[Sample]
+    skip_bad: bool
+
+
+@dataclass(frozen=True)
+class _Result:
+    entry: ShardEntry
+    num_input_samples: int
+    kept: bool
+    skipped: list[Skipped]
+
+
+class _BadPictureError(Exception):
+    """A picture that cannot be packed; the text names it."""
+
+
+def _tasks(samples: Iterable[Sample], out: Path, samples_per_shard: int, skip_bad: bool) -> Iterator[_Task]:
+    seen: set[str] = set()
+    samples = iter(samples)
+    for number in itertools.count():
+        chunk = list(itertools.islice(samples, samples_per_shard))
+        if not chunk:
+            return
+        for sample in chunk:
+            if not SAFE_KEY.fullmatch(sample.key):
+                raise UserError(
+                    f"the key {sample.key!r} is unsafe in a shard: letters, digits, '_' and '-' only, "
+                    "at most 80; rename it"
+                )
+            if sample.key in seen:
+                raise UserError(
+                    f"two samples have the key {sample.key!r}: keys must differ; drop or rename one"
+                )
+            seen.add(sample.key)
+        yield _Task(out / f"shard-{number:06d}.tar", chunk, skip_bad)
+
+
+def _unchanged(manifest: Manifest, out: Path, tasks: list[_Task]) -> list[Skipped] | None:
+    """Return what was skipped when a finished output is all there and made from this input.
+
+    None when a part of it is missing, which can be packed again. `UserError` when it has another input.
+    """
+    if [shard.name for shard in manifest.shards] != [task.tar.name for task in tasks]:
+        raise _other_input(out, f"{manifest.samples} samples in {len(manifest.shards)} shards")
+    skipped = []
+    for task in tasks:
+        if not task.tar.exists() or not index_path(task.tar).exists():
+            return None
+        kept = _kept(task)
+        if kept is None:
+            return None
+        skipped += kept[1]
+    return skipped
+
+
+def _pack_shard(task: _Task) -> _Result:
+    """Write one shard with its index, or keep the one that is there."""
+    kept = _kept(task)
+    if kept is not None:
+        index, skipped = kept
+    else:
+        skipped: list[Skipped] = []
+        index = _write_shard(task.tar, _readable(task, skipped))
+    entry = ShardEntry(
+        name=task.tar.name,
+        num_bytes=index.num_bytes,
+        sha256=sha256_of(task.tar),
+        index_sha256=hashlib.sha256(index.to_bytes()).hexdigest(),
+        samples=len(index),
+    )
+    return _Result(entry, len(task.samples), kept is not None, skipped)
+
+
+def _kept(task: _Task) -> tuple[ShardIndex, list[Skipped]] | None:
+    """Return the index of the shard that is there already and what was left out; None when it must be written.
+
+    `UserError` when it was made from other samples. Reads no pictures but those that changed after the shard
+    was written.
+    """
+    tar, idx = task.tar, index_path(task.tar)
+    index = None
+    if idx.exists():
+        try:
+            index = load_shard_index(idx)
+        except UserError:
+            index = None  # damaged: the tar says the same
+    restore = index is None and tar.exists()
+    if restore:
+        try:
+            index = build_shard_index(tar)
+        except UserError as error:
+            raise UserError(f"{error}, after you removed that file") from None
+    if index is None:
+        return None
+    skipped = _compare(task, index, (tar if restore else idx).stat().st_mtime_ns)
+    if not tar.exists() or tar.stat().st_size != index.num_bytes:
+        return None
+    if restore:
+        write_atomic(idx, index.to_bytes())
+    return index, skipped
+
+
+def _compare(task: _Task, index: ShardIndex, written_ns: int) -> list[Skipped]:
+    """Return what a shard rightly lacks; `UserError` when it holds anything but the task's samples."""
+    out, skipped, position = task.tar.parent, [], 0
+    for sample in task.samples:
+        if position < len(index) and index.keys[position] == sample.key:
+            if not _is_same(sample, index, position, written_ns):
+                raise _other_input(out, f"{sample.key} in {task.tar.name} differs")
+            position += 1
+            continue
+        try:
+            _read_sample(sample)
+        except _BadPictureError as error:
+            if not task.skip_bad:
+                raise _bad_picture(sample, error) from None
+            skipped.append(Skipped(sample.key, str(error)))
+        else:
+            raise _other_input(out, f"{task.tar.name} lacks {sample.key}")
+    if position < len(index):
+        raise _other_input(out, f"{task.tar.name} also holds {index.keys[position]}")
+    return skipped
+
+
+def _is_same(sample: Sample, index: ShardIndex, i: int, written_ns: int) -> bool:
+    """Tell whether sample `i` of a shard was made from `sample`."""
+    members = index.members(i)
+    text = sample.to_json()
+    extensions = image_members(members)
+    if (
+        "json" not in members
+        or members["json"].crc32 != zlib.crc32(text)
+        or len(extensions) != len(sample.images)
+    ):
+        return False
+    for extension, image in zip(extensions, sample.images, strict=True):
+        try:
+            if image.num_bytes() != members[extension].size:
+                return False
+            if image.modified_ns() > written_ns and zlib.crc32(image.read()) != members[extension].crc32:
+                return False
+        except OSError:
+            return False
+    return True
+
+
+def _readable(task: _Task, skipped: list[Skipped]) -> Iterator[dict[str, Any]]:
+    """Yield the samples for webdataset, read one at a time; `skipped` fills with what is left out."""
+    for sample in task.samples:
+        try:
+            members = _read_sample(sample)
+        except _BadPictureError as error:
+            if not task.skip_bad:
+                raise _bad_picture(sample, error) from None
+            skipped.append(Skipped(sample.key, str(error)))
+        else:
+            yield {"__key__": sample.key, **members}
+
+
+def _read_sample(sample: Sample) -> dict[str, bytes]:
+    """Return the members of a sample: the pictures' bytes as they are, and the JSON."""
+    members = {}
+    for number, image in enumerate(sample.images):
+        try:
+            data = image.read()
+            extension, _, _ = probe_image(data)
+        except OSError as error:
+            raise _BadPictureError(f"{image}: cannot be read ({error.strerror})") from None
+        except ValueError as error:
+            raise _BadPictureError(f"{image}: {error}") from None
+        members[extension if len(sample.images) == 1 else f"{number}.{extension}"] = data
+    return {**members, "json": sample.to_json()}
+
+
+def _write_shard(tar: Path, samples: Iterable[dict[str, Any]]) -> ShardIndex:
+    """Write a shard and its index so that a tar under its final name is whole and indexed."""
+    temporary = tar.with_name(tar.name + ".tmp")
+    with temporary.open("wb") as file:
+        writer = _import_tar_writer()(file, user="", group="", mode=0o444, mtime=0, encoder=False)
+        for sample in samples:
+            writer.write(sample)
+        writer.close()
+        file.flush()
+        os.fsync(file.fileno())
+    index = build_shard_index(temporary, tar.name)
+    write_atomic(index_path(tar), index.to_bytes())
+    temporary.replace(tar)
+    sync_folder(tar.parent)
+    return index
+
+
+def _import_tar_writer() -> Any:
+    from webdataset.writer import TarWriter  # imports torch: only when something is written
+
+    return TarWriter
+
+
+@contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    """Hold the lock of an output folder; workers inherit it, so it ends when the last of them is gone."""
+    deadline = time.monotonic() + LOCK_PATIENCE_SECONDS
+    while True:
+        with path.open("ab") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                if time.monotonic() > deadline:
+                    raise UserError(
+                        f"{path.parent}: another process is packing into it; wait, or choose another --out"
+                    ) from None
+                time.sleep(0.05)
+                continue
+            if path.exists() and os.path.samestat(os.fstat(file.fileno()), path.stat()):
+                yield
+                return  # else the packer before us finished and removed it: make our own
+
+
+def _bad_picture(sample: Sample, error: Exception) -> UserError:
+    return UserError(f"{error} (sample {sample.key}): replace it, or leave such samples out with --skip-bad")
+
+
+def _other_input(out: Path, detail: str) -> UserError:
+    return UserError(
+        f"{out}: was packed from another input ({detail}): choose another --out, or remove that folder"
+    )

@@ -1,0 +1,141 @@
+"""Timers, throughput and what is logged where."""
+
+from __future__ import annotations
+
+import contextlib
+import resource
+import sys
+import time
+from collections import defaultdict
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from qwenvl_dist.logs import get_logger
+
+if TYPE_CHECKING:
+    from qwenvl_dist.training.history import RunHistory
+    from qwenvl_dist.training.state import TrainState
+    from qwenvl_dist.training.step import StepResult
+
+log = get_logger(__name__)
+
+
+def peak_memory_gib() -> float:
+    """Return the largest memory this rank has held: of its GPU, or without one of the process."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 2**30
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 2**30
+
+
+def describe_seconds(seconds: float) -> str:
+    """Return h:mm:ss."""
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes // 60}:{minutes % 60:02d}:{rest:02d}"
+
+
+class Metrics:
+    """Collects over the steps between two log lines; nothing here waits for the device before a line is due."""
+
+    def __init__(self, state: TrainState, history: RunHistory) -> None:
+        self.state, self.history = state, history
+        self._live = state.topology.is_main and sys.stderr.isatty()
+        self._reset()
+
+    def _reset(self) -> None:
+        self._seconds: dict[str, float] = defaultdict(float)
+        self._losses: list[torch.Tensor] = []
+        self._target_tokens = self._samples = self._steps = 0
+
+    @contextlib.contextmanager
+    def timer(self, name: str) -> Iterator[None]:
+        """Add the time of the block to `name`."""
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            self._seconds[name] += time.perf_counter() - start
+
+    def add(self, result: StepResult) -> None:
+        """Count one finished step."""
+        self._losses.append(result.losses.sum())
+        self._target_tokens += result.target_tokens
+        self._samples += result.samples
+        self._steps += 1
+
+    def log_step(self, rate: float) -> dict[str, Any]:
+        """Write one line about the steps since the last one: means of loss and speed, maxima over ranks. Collective."""
+        state, progress = self.state, self.state.progress
+        loss_sum = sum(state.host.gather(torch.stack(self._losses).double().sum().item()))
+        data, step, peak = state.host.max(
+            self._seconds["data_seconds"], self._seconds["step_seconds"], peak_memory_gib()
+        )
+        norm = state.engine.get_global_grad_norm()
+        wall = max(data + step, 1e-9)
+        values = {
+            "step": progress.step,
+            "epoch": round(progress.consumed / state.identity.samples_per_epoch, 6),
+            "loss": loss_sum / max(1, self._target_tokens),
+            "learning_rate": rate,
+            "grad_norm": float(norm) if norm is not None else None,
+            "samples_per_second": self._samples / wall,
+            "target_tokens_per_second": self._target_tokens / wall,
+            "data_wait_fraction": data / wall,
+            "step_seconds": step / self._steps,
+            "peak_memory_gib": peak,
+            "bad_samples": len(progress.bad_samples),
+            "target_tokens": self._target_tokens,
+        }
+        self.history.metrics(values)
+        state.accelerator.log({k: v for k, v in values.items() if k != "step" and v is not None}, step=progress.step)
+        left = (state.total_samples - progress.consumed) / max(self._samples / wall, 1e-9)
+        total = progress.step + state.batches.layout.steps(state.total_samples - progress.consumed)
+        log.info(
+            "step %d/%d  epoch %.2f  loss %.4f  lr %.2e  grad norm %.3f  %.2f samples/s  wait %.0f%%  %.1f GiB  left %s",
+            progress.step, total, values["epoch"], values["loss"], rate, values["grad_norm"] or 0.0,
+            values["samples_per_second"], 100 * values["data_wait_fraction"], peak, describe_seconds(left),
+        )  # fmt: skip
+        self._reset()
+        return values
+
+    def log_validation(self, val_loss: float, seconds: float) -> None:
+        """Write one line about a validation pass."""
+        step = self.state.progress.step
+        self.history.metrics({"step": step, "val_loss": val_loss})
+        self.state.accelerator.log({"val_loss": val_loss}, step=step)
+        log.info("step %d: validation loss %.4f (%.1f s)", step, val_loss, seconds)
+
+
+def flat_config(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Return {"optim/learning_rate": 1e-4, ...}: trackers take only plain values."""
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        if isinstance(value, dict):
+            flat.update(flat_config(value, f"{prefix}{key}/"))
+        else:
+            plain = value is None or isinstance(value, bool | int | float | str)
+            flat[prefix + key] = value if plain else str(value)
+    return flat
+
+
+def start_trackers(state: TrainState) -> None:
+    """Start the recipe's experiment trackers through accelerate."""
+    recipe, tracking = state.recipe, state.recipe.tracking
+    if tracking.mode == "disabled" or not tracking.trackers:
+        return
+    config = {
+        **recipe.to_dict(),
+        "world_size": state.topology.world_size,
+        "zero_stage": state.engine.zero_optimization_stage(),
+        "samples_per_epoch": state.identity.samples_per_epoch,
+    }
+    run = recipe.train.output_dir
+    options: dict[str, Any] = {
+        "swanlab": {"mode": tracking.mode, "logdir": f"{run}/swanlab", "experiment_name": tracking.name},
+        "wandb": {"mode": "online" if tracking.mode == "online" else "offline", "dir": run, "name": tracking.name},
+    }
+    if tracking.mode == "online":
+        options["swanlab"]["mode"] = "cloud"
+    wanted = {name: value for name, value in options.items() if name in tracking.trackers}
+    state.accelerator.init_trackers(tracking.project, config=flat_config(config), init_kwargs=wanted)

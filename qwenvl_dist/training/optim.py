@@ -1,0 +1,52 @@
+"""Parameter groups and the learning-rate schedule."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from qwenvl_dist.model.lora import trainable_parameters
+
+if TYPE_CHECKING:
+    from qwenvl_dist.config import OptimConfig
+
+
+def make_optimizer(model: torch.nn.Module, config: OptimConfig, deepspeed: dict[str, Any]) -> torch.optim.Optimizer:
+    """Return AdamW over what trains; weight decay skips vectors (biases, norms).
+
+    With the optimizer offloaded to the host, DeepSpeed's vectorised CPU Adam takes its place.
+    """
+    parameters = trainable_parameters(model).values()
+    # Under ZeRO-3 a parameter's own shape is empty while it is partitioned; ds_shape keeps the real one.
+    matrices = [p for p in parameters if len(getattr(p, "ds_shape", p.shape)) > 1]
+    vectors = [p for p in parameters if len(getattr(p, "ds_shape", p.shape)) <= 1]
+    groups = [
+        {"params": group, "weight_decay": decay}
+        for group, decay in ((matrices, config.weight_decay), (vectors, 0.0))
+        if group
+    ]
+    offload = deepspeed["zero_optimization"].get("offload_optimizer") or {}
+    if offload.get("device", "none") != "none":
+        from deepspeed.ops.adam import DeepSpeedCPUAdam
+
+        return DeepSpeedCPUAdam(groups, lr=config.learning_rate, betas=config.betas, adamw_mode=True)
+    return torch.optim.AdamW(groups, lr=config.learning_rate, betas=config.betas, fused=torch.cuda.is_available())
+
+
+def learning_rate(config: OptimConfig, consumed: int, per_step: int, total: int) -> float:
+    """Return the rate of the step that starts after `consumed` of `total` samples and takes `per_step`.
+
+    Counted in samples, so that a run that goes on with another global batch keeps its schedule. Warm-up is linear and
+    its first step already moves; cosine is half a period down to zero (arXiv:1608.03983, equation 5, one cycle).
+    """
+    warmup = config.warmup_ratio * total
+    if consumed < warmup:
+        return config.learning_rate * min(1.0, (consumed + per_step) / warmup)
+    progress = min(1.0, (consumed - warmup) / max(1.0, total - warmup))
+    if config.schedule == "cosine":
+        return config.learning_rate * 0.5 * (1 + math.cos(math.pi * progress))
+    if config.schedule == "linear":
+        return config.learning_rate * (1 - progress)
+    return config.learning_rate

@@ -1,0 +1,163 @@
+"""A whole run: from a recipe to a trained adapter in the run folder."""
+
+from __future__ import annotations
+
+import shutil
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from qwenvl_dist.data.images import ImageSizeRule
+from qwenvl_dist.data.plan import RunPlan, StepLayout
+from qwenvl_dist.data.source import ShardSet
+from qwenvl_dist.data.stream import CaptionStream, SampleEncoder
+from qwenvl_dist.distributed import HostGroup, Topology, deepspeed_config, start
+from qwenvl_dist.errors import UserError
+from qwenvl_dist.logs import get_logger
+from qwenvl_dist.model.load import load_model, load_processor, resolve_base
+from qwenvl_dist.model.lora import make_trainable, set_activation_checkpointing, trainable_parameters
+from qwenvl_dist.model.pixels import PixelSettings
+from qwenvl_dist.training.checkpoint import Checkpoints, require_shared_folder
+from qwenvl_dist.training.history import RunHistory, rewind
+from qwenvl_dist.training.loop import StopSignal, train
+from qwenvl_dist.training.metrics import Metrics, start_trackers
+from qwenvl_dist.training.optim import make_optimizer
+from qwenvl_dist.training.state import DataIdentity, TrainState
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+    from torch import nn
+
+    from qwenvl_dist.config import DataConfig, Recipe
+
+log = get_logger(__name__)
+
+
+def size_rule(data: DataConfig, processor: Any) -> ImageSizeRule:
+    """Return the recipe's rule for picture sizes, in this model's units. Raises UserError where they do not fit."""
+    image = processor.image_processor
+    factor = image.patch_size * image.merge_size
+    size = data.image_size
+    if not isinstance(size, int):
+        return ImageSizeRule(None, size.min_pixels, size.max_pixels, factor)
+    if size % factor:
+        raise UserError(f"data.image_size = {size}: this model needs a multiple of {factor} pixels")
+    return ImageSizeRule(side=size, factor=factor)
+
+
+def build_model(recipe: Recipe, base: Path, processor: Any) -> nn.Module:
+    """Return the model to train. Collective under ZeRO-3."""
+    import torch
+
+    model = load_model(base, recipe.model)
+    model.pixel_settings = PixelSettings.of(processor)
+    set_activation_checkpointing(model, recipe.model.checkpoint_every)
+    torch.manual_seed(recipe.train.seed)  # the adapter starts the same on every rank, world size and stage
+    return make_trainable(model, recipe.lora, recipe.model)
+
+
+def open_streams(
+    recipe: Recipe, topology: Topology, processor: Any
+) -> tuple[CaptionStream, CaptionStream | None, DataIdentity]:
+    """Return the training stream, the validation stream and what identifies the data."""
+    data, train_config = recipe.data, recipe.train
+    encoder = SampleEncoder(processor, size_rule(data, processor), data.max_length)
+    shards = ShardSet(data.train)
+    plan = RunPlan(
+        shards.manifest.shard_sizes, seed=data.seed, window=data.shuffle_window, epochs=train_config.epochs
+    )
+    if not plan.samples_per_epoch:
+        raise UserError(f"data.train = {data.train}: holds no samples; pack some first")
+    layout = StepLayout(topology.world_size, data.micro_batch_size, train_config.grad_accum_steps)
+    options: Any = {"rank": topology.rank, "workers": data.workers, "timeout_seconds": train_config.timeout_seconds}
+    batches = CaptionStream(shards, plan, layout, encoder, **options)
+    identity = DataIdentity(
+        shards.manifest.fingerprint, data.seed, data.shuffle_window, plan.samples_per_epoch
+    )
+    validation = None
+    if data.validation:
+        held_out = ShardSet(data.validation)
+        once = RunPlan(held_out.manifest.shard_sizes, seed=0, window=1, shuffle=False)
+        if not once.total_samples:
+            raise UserError(f"data.validation = {data.validation}: holds no samples; pack some or drop the key")
+        one = StepLayout(topology.world_size, data.micro_batch_size, 1)
+        validation = CaptionStream(held_out, once, one, encoder, **options)
+    return batches, validation, identity
+
+
+def assemble(recipe: Recipe, accelerator: Accelerator, topology: Topology, host: HostGroup, base: Path) -> TrainState:
+    """Load, shard and connect everything a training step touches. Collective."""
+    processor = load_processor(base)
+    batches, validation, identity = open_streams(recipe, topology, processor)
+    model = build_model(recipe, base, processor)
+    trained = trainable_parameters(model)
+    count = sum(getattr(p, "ds_numel", p.numel()) for p in trained.values())
+    log.info("training %.3f M parameters in %d tensors", count / 1e6, len(trained))
+    optimizer = make_optimizer(model, recipe.optim, deepspeed_config(recipe))
+    engine, optimizer = accelerator.prepare(model, optimizer)
+    total = batches.plan.total_samples
+    if recipe.train.max_steps is not None:
+        total = min(total, recipe.train.max_steps * batches.layout.global_batch_size)
+    return TrainState(
+        recipe=recipe,
+        accelerator=accelerator,
+        topology=topology,
+        host=host,
+        engine=engine,
+        optimizer=optimizer,
+        processor=processor,
+        batches=batches,
+        validation=validation,
+        identity=identity,
+        total_samples=total,
+    )
+
+
+def set_aside_earlier_run(run: Path) -> None:
+    """Move an earlier run's checkpoints into `discarded/`, since the recipe says not to resume. Rank 0 only."""
+    checkpoints = run / "checkpoints"
+    if checkpoints.exists():
+        number = 0
+        while (target := run / "discarded" / f"checkpoints-{number}").exists():
+            number += 1
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.move(checkpoints, target)
+        log.warning("train.resume=never: moved earlier checkpoints to %s", target)
+
+
+def run_training(recipe: Recipe) -> None:
+    """Train as the recipe says, resuming where an earlier start left off. Collective."""
+    began = time.perf_counter()
+    accelerator = start(recipe)
+    stop = StopSignal()
+    topology = Topology.from_environment()
+    host = HostGroup(recipe.train.timeout_seconds)
+    log.info("%d ranks, ZeRO-%d", topology.world_size, accelerator.deepspeed_plugin.zero_stage)
+    run = Path(recipe.train.output_dir)
+    require_shared_folder(run, host)
+    base = resolve_base(recipe.model.base)
+    state = assemble(recipe, accelerator, topology, host, base)
+    if topology.is_main and recipe.train.resume == "never":
+        set_aside_earlier_run(run)
+    host.barrier()
+    checkpoints = Checkpoints(state, base)
+    checkpoints.resume()
+    if topology.is_main:
+        moved = rewind(run, state.progress.step)
+        if moved:
+            log.info("moved %d lines of steps after %d to discarded/", moved, state.progress.step)
+        (run / "recipe.yaml").write_text(recipe.to_yaml(), encoding="utf-8")
+    host.barrier()
+    history = RunHistory(run, topology.rank, recipe.data.ledger)
+    metrics = Metrics(state, history)
+    start_trackers(state)
+    log.info("ready after %.1f s", time.perf_counter() - began)
+    try:
+        if state.finished:
+            log.info("nothing to do: step %d is the last; raise train.epochs to go on", state.progress.step)
+        else:
+            train(state, checkpoints, metrics, history, stop)
+            log.info("finished: step %d, checkpoints in %s", state.progress.step, checkpoints.folder)
+    finally:
+        history.sync()
+    accelerator.end_training()

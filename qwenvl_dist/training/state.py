@@ -1,0 +1,105 @@
+"""What a checkpoint holds beside the tensors: where the run stands in its data and its history."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from qwenvl_dist.data.batch import BadSampleRecord
+from qwenvl_dist.data.plan import PLAN_VERSION
+from qwenvl_dist.errors import UserError
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+    from torch import nn
+
+    from qwenvl_dist.config import Recipe
+    from qwenvl_dist.data.stream import CaptionStream
+    from qwenvl_dist.distributed import HostGroup, Topology
+
+
+@dataclass
+class Progress:
+    """How far the run is. Equal on all ranks; advanced by finished optimizer steps only."""
+
+    step: int = 0  # optimizer steps done
+    consumed: int = 0  # samples of the whole run done, bad ones included
+    best_val_loss: float | None = None
+    bad_samples: dict[tuple[str, str], str] = field(default_factory=dict)  # (shard, key) -> reason
+
+    def advance(self, global_batch_size: int, total_samples: int) -> None:
+        """Count one finished optimizer step."""
+        self.step += 1
+        self.consumed = min(self.consumed + global_batch_size, total_samples)
+
+    def note_bad(self, records: list[BadSampleRecord]) -> list[BadSampleRecord]:
+        """Remember bad samples; return those not seen before."""
+        fresh = []
+        for record in records:
+            if (record.shard, record.key) not in self.bad_samples:
+                self.bad_samples[record.shard, record.key] = record.reason
+                fresh.append(record)
+        return fresh
+
+
+@dataclass
+class DataIdentity:
+    """What makes a position mean the same sample: a resume checks that none of it has changed."""
+
+    fingerprint: str
+    seed: int
+    shuffle_window: int
+    samples_per_epoch: int
+    plan_version: int = PLAN_VERSION
+
+
+def data_state(progress: Progress, identity: DataIdentity) -> dict[str, Any]:
+    """Return the data part of a checkpoint's manifest."""
+    epoch, offset = divmod(progress.consumed, max(1, identity.samples_per_epoch))
+    return {
+        **vars(identity),
+        "epoch": epoch,
+        "consumed": offset,
+        "consumed_in_run": progress.consumed,
+        "bad_samples": [[shard, key, reason] for (shard, key), reason in progress.bad_samples.items()],
+    }
+
+
+def restore_progress(manifest: dict[str, Any], identity: DataIdentity, folder: str) -> Progress:
+    """Return the progress that a manifest describes. Raises UserError when its data is not this run's data."""
+    data = manifest["data"]
+    for key, value in vars(identity).items():
+        if data[key] != value:
+            raise UserError(
+                f"resume from {folder}: data {key} was {data[key]} and is now {value}, so positions name other samples; "
+                "restore the data and recipe of that run, or set train.resume=never with another train.output_dir"
+            )
+    return Progress(
+        step=manifest["step"],
+        consumed=data["consumed_in_run"],
+        best_val_loss=manifest["progress"]["best_val_loss"],
+        bad_samples={(shard, key): reason for shard, key, reason in data["bad_samples"]},
+    )
+
+
+@dataclass
+class TrainState:
+    """Everything a training step touches, on one rank."""
+
+    recipe: Recipe
+    accelerator: Accelerator
+    topology: Topology
+    host: HostGroup
+    engine: nn.Module  # DeepSpeed's engine around the model
+    optimizer: Any
+    processor: Any
+    batches: CaptionStream
+    validation: CaptionStream | None
+    identity: DataIdentity
+    total_samples: int  # samples after which the run is finished
+    progress: Progress = field(default_factory=Progress)
+
+    @property
+    def finished(self) -> bool:
+        """Whether all steps are done."""
+        return self.progress.consumed >= self.total_samples
