@@ -42,8 +42,8 @@ STYLES: dict[str, tuple[str, ...]] = {
         "the {b} is below the {a}",
     ),
 }
-# In these styles a picture gets one caption out of several wordings. A base that must follow the wording learns
-# where to look from the words ("below"), not from how many of them it has said, and takes to new wordings.
+# In these styles a picture gets one caption out of several wordings. A base that must follow the wording
+# learns where to look from the words ("below"), not from their number, and takes to new wordings easily.
 MIXED_STYLES: dict[str, tuple[str, ...]] = {
     "inventory": (
         "above: a {a}. below: a {b}.",
