@@ -64,6 +64,7 @@ def train(
         metrics.add(result)
         history.consumed(progress.step, [key for batch in micro_batches for key in batch.keys])
         if census and progress.step <= CENSUS_STEPS:
+            require_finite(state, result)
             check_census(state, census, target_tokens)
         if due(progress.step, recipe.train.log_every_steps) or state.finished:
             metrics.log_step(rate)
