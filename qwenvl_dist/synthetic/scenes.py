@@ -49,7 +49,7 @@ MIXED_STYLES: dict[str, tuple[str, ...]] = {
         "above: a {a}. below: a {b}.",
         "above: a {a}. below: a {b}.",
         "below: a {b}. above: a {a}.",
-        "a {b} below, a {a} above.",
+        "a {a} above, a {b} below.",
     ),
 }
 SPLITS = ("train", "validation")
