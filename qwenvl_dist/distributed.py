@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import socket
+import warnings
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -62,6 +63,10 @@ class Topology:
 
 def prepare_environment() -> None:
     """Set what must stand in the environment before DeepSpeed, tokenizers and torch.distributed are imported."""
+    # Deprecations inside DeepSpeed and accelerate, once per collective otherwise.
+    warnings.filterwarnings(
+        "ignore", category=FutureWarning, module=r"torch\.distributed|transformers\.modeling_utils"
+    )
     import torch
 
     if not torch.cuda.is_available():
@@ -95,12 +100,18 @@ def _read_deepspeed_file(path: str | Path) -> dict[str, Any]:
             f"DeepSpeed file {path}: cannot be read ({error.strerror}); paths are relative to the working folder"
         ) from error
     except json.JSONDecodeError as error:
-        raise UserError(f"DeepSpeed file {path}: line {error.lineno} is not JSON ({error.msg}); correct it") from error
+        raise UserError(
+            f"DeepSpeed file {path}: line {error.lineno} is not JSON ({error.msg}); correct it"
+        ) from error
     if not isinstance(config, dict) or not isinstance(config.get("zero_optimization"), dict):
-        raise UserError(f"DeepSpeed file {path}: has no zero_optimization section; start from ds_configs/zero2.json")
+        raise UserError(
+            f"DeepSpeed file {path}: has no zero_optimization section; start from ds_configs/zero2.json"
+        )
     for key in RECIPE_OWNED_KEYS:
         if config.pop(key, "auto") != "auto":
-            raise UserError(f"DeepSpeed file {path}: holds {key!r}, which the recipe decides; take it out of the file")
+            raise UserError(
+                f"DeepSpeed file {path}: holds {key!r}, which the recipe decides; take it out of the file"
+            )
     return config
 
 
@@ -114,10 +125,14 @@ def deepspeed_config(recipe: Recipe) -> dict[str, Any]:
     if launcher_path != "none":
         config = _read_deepspeed_file(launcher_path)
     elif os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true":
-        from accelerate import DeepSpeedPlugin  # the launcher gave a stage and offload flags instead of a file
+        from accelerate import (
+            DeepSpeedPlugin,
+        )  # the launcher gave a stage and offload flags instead of a file
 
         launched = DeepSpeedPlugin().deepspeed_config
-        config = {"zero_optimization": {k: v for k, v in launched["zero_optimization"].items() if v is not None}}
+        config = {
+            "zero_optimization": {k: v for k, v in launched["zero_optimization"].items() if v is not None}
+        }
     if recipe.deepspeed.config is not None:
         own = _read_deepspeed_file(recipe.deepspeed.config)
         if config is not None and own != config:
@@ -130,7 +145,9 @@ def deepspeed_config(recipe: Recipe) -> dict[str, Any]:
         config = _read_deepspeed_file(shipped_deepspeed_config("zero2.json"))
     stage = config["zero_optimization"].get("stage")
     if stage not in (2, 3):
-        raise UserError(f"zero_optimization.stage = {stage}: this toolkit trains under ZeRO 2 or 3; set one of them")
+        raise UserError(
+            f"zero_optimization.stage = {stage}: this toolkit trains under ZeRO 2 or 3; set one of them"
+        )
     config["train_micro_batch_size_per_gpu"] = recipe.data.micro_batch_size
     config["gradient_accumulation_steps"] = recipe.train.grad_accum_steps
     config["gradient_clipping"] = recipe.optim.max_grad_norm
@@ -166,7 +183,10 @@ def start(recipe: Recipe) -> Accelerator:
         project_dir=recipe.train.output_dir,
     )
     formed = (accelerator.num_processes, torch.distributed.get_world_size())
-    if formed != (topology.world_size, topology.world_size) or accelerator.distributed_type != DistributedType.DEEPSPEED:
+    if (
+        formed != (topology.world_size, topology.world_size)
+        or accelerator.distributed_type != DistributedType.DEEPSPEED
+    ):
         raise UserError(
             f"launched as rank {topology.rank} of {topology.world_size}, but accelerate sees {formed[0]} processes, "
             f"torch {formed[1]}, type {accelerator.distributed_type}; launch with a file of launch/accelerate/"

@@ -31,7 +31,9 @@ def step_folders(checkpoints: Path) -> list[Path]:
     """Return all step folders, newest first. Unfinished ones carry other names and do not appear."""
     if not checkpoints.is_dir():
         return []
-    found = [(int(m.group(1)), p) for p in checkpoints.iterdir() if (m := _STEP.fullmatch(p.name)) and p.is_dir()]
+    found = [
+        (int(m.group(1)), p) for p in checkpoints.iterdir() if (m := _STEP.fullmatch(p.name)) and p.is_dir()
+    ]
     return [path for _, path in sorted(found, reverse=True)]
 
 
@@ -73,7 +75,11 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         raise InvalidCheckpoint(f"{MANIFEST} is missing") from None
     except (OSError, ValueError) as error:
         raise InvalidCheckpoint(f"{MANIFEST} cannot be read: {error}") from error
-    if not isinstance(manifest, dict) or manifest.get("format") != FORMAT or manifest.get("version") != VERSION:
+    if (
+        not isinstance(manifest, dict)
+        or manifest.get("format") != FORMAT
+        or manifest.get("version") != VERSION
+    ):
         raise InvalidCheckpoint(f"{MANIFEST} is not of format {FORMAT} version {VERSION}")
     return manifest
 

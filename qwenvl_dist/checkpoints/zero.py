@@ -114,7 +114,11 @@ class ZeroCheckpoint:
 
     def fp32(self, name: str) -> torch.Tensor:
         """Return the float32 master weights of a parameter."""
-        return self._gather(name, self._masters).to(torch.float32)
+        return self._gather(name, self._masters).to(torch.float32).reshape(self.shapes[name])
+
+    def fp32_elements(self, name: str, start: int, count: int) -> torch.Tensor:
+        """Return `count` elements from `start` on of the flattened masters: big tensors, bounded memory."""
+        return self._gather(name, self._masters, start, count).to(torch.float32)
 
     def optimizer_state(self, name: str, key: str) -> torch.Tensor:
         """Return a moment of Adam, `exp_avg` or `exp_avg_sq`, whole; zeros before the first step."""
@@ -131,7 +135,7 @@ class ZeroCheckpoint:
                     f"{self.folder}: rank {rank} has no {key} for {name}: not Adam, or offloaded"
                 )
             moments.append([moment] * (group + 1))
-        return self._gather(name, moments)
+        return self._gather(name, moments).reshape(self.shapes[name])
 
     def optimizer_step(self, name: str) -> int:
         """Return how many steps Adam has made on a parameter (bias correction counts these)."""
@@ -149,12 +153,18 @@ class ZeroCheckpoint:
             )
         return steps.pop()
 
-    def _gather(self, name: str, flat: list[list[StoredTensor]]) -> torch.Tensor:
-        pieces = self._pieces[name]
-        parts = [
-            flat[piece.rank][piece.group].read(piece.start, piece.count) for piece in pieces if piece.count
-        ]
-        return torch.cat(parts).reshape(self.shapes[name])
+    def _gather(
+        self, name: str, flat: list[list[StoredTensor]], start: int = 0, count: int | None = None
+    ) -> torch.Tensor:
+        """Read `count` elements from `start` on."""
+        end = self.shapes[name].numel() if count is None else start + count
+        parts, offset = [], 0
+        for piece in self._pieces[name]:
+            first, last = max(start - offset, 0), min(end - offset, piece.count)
+            if first < last:
+                parts.append(flat[piece.rank][piece.group].read(piece.start + first, last - first))
+            offset += piece.count
+        return torch.cat(parts)
 
     def _place_by_group(self, group: int, shapes: dict[str, torch.Size], paddings: list[int]) -> None:
         """Stages 1 and 2: one flat vector a group, cut into equal slices."""

@@ -15,8 +15,12 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
         "Started again it goes on where it stopped.",
     )
     parser.add_argument("recipe", help="YAML file; see launch/recipes/")
-    parser.add_argument("overrides", nargs="*", metavar="key.path=value", help="set single keys of the recipe")
-    parser.add_argument("--dry-run", action="store_true", help="check and print the resolved recipe, start nothing")
+    parser.add_argument(
+        "overrides", nargs="*", metavar="key.path=value", help="set single keys of the recipe"
+    )
+    parser.add_argument(
+        "--dry-run", action="store_true", help="check and print the resolved recipe, start nothing"
+    )
     parser.set_defaults(run=run)
 
 

@@ -45,8 +45,12 @@ class CaptionBatch:
     position_ids: Tensor  # (3, batch, seq) int64
     pixels: Tensor  # (bytes,) uint8: all pictures one after another, each (3, height, width)
     image_grid_thw: Tensor  # (images, 3) int64, in patches
-    image_positions: Tensor  # (visual tokens,) int64 into the flattened (batch * seq), in the order of the pictures
-    target_positions: Tensor  # (targets,) int64 into the flattened (batch * seq): where the next token is learned
+    image_positions: (
+        Tensor  # (visual tokens,) int64 into the flattened (batch * seq), in the order of the pictures
+    )
+    target_positions: (
+        Tensor  # (targets,) int64 into the flattened (batch * seq): where the next token is learned
+    )
     target_ids: Tensor  # (targets,) int64: that next token
     grids: tuple[Grid, ...]  # image_grid_thw on the host
     keys: tuple[str, ...]  # real samples only

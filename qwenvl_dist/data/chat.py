@@ -102,7 +102,9 @@ class ChatEncoder:
                 learned[start : end + 1] = words
         return ids, learned
 
-    def _widen(self, ids: Int64, learned: NDArray[np.bool_], grids: Sequence[Grid]) -> tuple[Int64, NDArray[np.bool_]]:
+    def _widen(
+        self, ids: Int64, learned: NDArray[np.bool_], grids: Sequence[Grid]
+    ) -> tuple[Int64, NDArray[np.bool_]]:
         placeholders = np.flatnonzero(ids == self.image_token)
         if len(placeholders) != len(grids):
             raise ValueError(f"{len(placeholders)} picture placeholders in the text, {len(grids)} pictures")

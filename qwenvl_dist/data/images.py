@@ -1,7 +1,7 @@
 """Picture bytes -> uint8 pixels at the model's size.
 
-Agrees with the hub's way (`qwen_vl_utils` with Pillow's bicubic resize) to one of 255 levels; JPEGs take a faster
-decoder that gives the same pixels as Pillow's.
+Equal to the hub's way (`qwen_vl_utils` with Pillow's bicubic resize); JPEGs take a faster decoder that gives the same
+pixels as Pillow's.
 """
 
 from __future__ import annotations
@@ -103,10 +103,19 @@ def decode(data: bytes) -> NDArray[np.uint8]:
         raise UnreadableImage(f"too large: {error}") from error
 
 
-def resize(pixels: NDArray[np.uint8], height: int, width: int) -> torch.Tensor:
-    """Return (3, height, width) uint8: bicubic with antialias, within one level of Pillow's."""
-    image = torch.from_numpy(np.require(pixels, requirements=("C", "W"))).permute(2, 0, 1)
-    if image.shape[1:] != (height, width):
-        # A channels-last uint8 input takes torch's vectorised fixed-point path, the one modelled on Pillow's.
+def resize(pixels: NDArray[np.uint8], height: int, width: int, exact: bool = True) -> torch.Tensor:
+    """Return (3, height, width) uint8 by bicubic resize with antialias.
+
+    `exact` is Pillow's own, as the hub's path has it. Otherwise torch's fixed-point kernel: a quarter of the time; over 290
+    COCO photos at 280x280 every value is within one level but for 10 in 68 million, which are two levels off.
+    """
+    if pixels.shape[:2] == (height, width):
+        image = torch.from_numpy(np.require(pixels, requirements=("C", "W"))).permute(2, 0, 1)
+    elif exact:
+        resized = Image.fromarray(pixels).resize((width, height), Image.Resampling.BICUBIC)
+        image = torch.from_numpy(np.array(resized)).permute(2, 0, 1)
+    else:
+        image = torch.from_numpy(np.require(pixels, requirements=("C", "W"))).permute(2, 0, 1)
+        # A channels-last uint8 input takes torch's vectorised fixed-point path.
         image = interpolate(image[None], (height, width), mode="bicubic", antialias=True)[0]
     return image.contiguous()

@@ -178,7 +178,8 @@ def parse_shard_index(data: bytes, name: str) -> ShardIndex:
 def build_shard_index(tar: Path, name: str | None = None) -> ShardIndex:
     """Index a plain tar by reading it once. `UserError` when it is damaged or holds an unsafe name.
 
-    Samples are grouped as webdataset does it: neighbours with one key. `name`: the shard's, if not the file's.
+    Samples are grouped as webdataset does it: neighbours with one key. `name` is the shard's name when the
+    file still has another one.
     """
     tar = Path(tar)
     records: list[dict[str, Any]] = []

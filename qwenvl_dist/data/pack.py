@@ -73,9 +73,9 @@ def pack(
 ) -> PackReport:
     """Write `samples` as shards into the folder `out`; over a finished output do nothing.
 
-    A picture that cannot be read is a `UserError`; with `skip_bad` its sample is left out, counted and named
-    in the manifest. `packing` is noted there too. `advance` hears how many samples are done. Nothing that is in
-    `out` already is overwritten unless it was made from these samples.
+    A picture that cannot be read is a `UserError`; with `skip_bad` its sample is left out, and named in the
+    manifest. `packing` is noted there too. `advance` hears how many samples are done. Nothing that lies in
+    `out` is overwritten unless it was made from these samples.
     """
     if samples_per_shard < 1:
         raise UserError(f"--samples-per-shard {samples_per_shard}: must be at least 1")
@@ -119,6 +119,10 @@ def pack(
         )
         if finished is not None and finished.fingerprint != manifest.fingerprint:
             raise UserError(f"{out}: holds damaged shards: verify it, remove those it names, and pack again")
+        ours = {shard.name for shard in manifest.shards}
+        for tar in sorted(out.glob("*.tar")):
+            if tar.name not in ours:
+                raise _other_input(out, f"{tar.name} is there, the input ends before it")
         for leftover in out.glob("shard-*.tmp"):
             leftover.unlink()
         manifest.write(out)
@@ -204,7 +208,7 @@ def _pack_shard(task: _Task) -> _Result:
 
 
 def _kept(task: _Task) -> tuple[ShardIndex, list[Skipped]] | None:
-    """Return the index of the shard that is there already and what was left out; None when it must be written.
+    """Return the index of the shard that is there already and what was left out; None to write it.
 
     `UserError` when it was made from other samples. Reads no pictures but those that changed after the shard
     was written.
@@ -308,10 +312,9 @@ def _write_shard(tar: Path, samples: Iterable[dict[str, Any]]) -> ShardIndex:
     """Write a shard and its index so that a tar under its final name is whole and indexed."""
     temporary = tar.with_name(tar.name + ".tmp")
     with temporary.open("wb") as file:
-        writer = _import_tar_writer()(file, user="", group="", mode=0o444, mtime=0, encoder=False)
-        for sample in samples:
-            writer.write(sample)
-        writer.close()
+        with _import_tar_writer()(file, user="", group="", mode=0o444, mtime=0, encoder=False) as writer:
+            for sample in samples:
+                writer.write(sample)
         file.flush()
         os.fsync(file.fileno())
     index = build_shard_index(temporary, tar.name)

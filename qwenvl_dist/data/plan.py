@@ -75,7 +75,9 @@ def permute(offsets: Int64, sizes: Int64, keys: UInt64) -> Int64:
 class EpochOrder:
     """The order of one epoch over shards of the given sizes."""
 
-    def __init__(self, shard_sizes: Sequence[int] | Int64, seed: int, epoch: int, window: int, shuffle: bool = True):
+    def __init__(
+        self, shard_sizes: Sequence[int] | Int64, seed: int, epoch: int, window: int, shuffle: bool = True
+    ):
         sizes = np.asarray(shard_sizes, np.int64)
         shards = np.arange(len(sizes), dtype=np.int64)
         if shuffle:
@@ -116,7 +118,13 @@ class RunPlan:
     """All positions of a run of `epochs` passes over the data set."""
 
     def __init__(
-        self, shard_sizes: Sequence[int] | Int64, *, seed: int, window: int, epochs: int = 1, shuffle: bool = True
+        self,
+        shard_sizes: Sequence[int] | Int64,
+        *,
+        seed: int,
+        window: int,
+        epochs: int = 1,
+        shuffle: bool = True,
     ) -> None:
         self._sizes = np.asarray(shard_sizes, np.int64)
         self._seed, self._window, self._shuffle = seed, window, shuffle

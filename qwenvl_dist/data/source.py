@@ -64,7 +64,9 @@ class PlannedSource(IterableDataset):
     order that arrives does not depend on W.
     """
 
-    def __init__(self, shards: ShardSet, plan: RunPlan, layout: StepLayout, rank: int, start: int, steps: int) -> None:
+    def __init__(
+        self, shards: ShardSet, plan: RunPlan, layout: StepLayout, rank: int, start: int, steps: int
+    ) -> None:
         self.shards, self.plan, self.layout, self.rank = shards, plan, layout, rank
         self.start, self.steps = start, steps
 

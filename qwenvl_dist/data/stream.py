@@ -29,7 +29,10 @@ from qwenvl_dist.data.source import PlannedSample, PlannedSource, ShardSet
 class SampleEncoder:
     """Bytes of a sample -> Example. Picklable; runs in loader workers."""
 
-    def __init__(self, processor: Any, size_rule: ImageSizeRule, max_length: int) -> None:
+    def __init__(
+        self, processor: Any, size_rule: ImageSizeRule, max_length: int, exact_resize: bool = True
+    ) -> None:
+        self.exact_resize = exact_resize
         self.chat = ChatEncoder(processor, max_length)
         self.size_rule = size_rule
         self.patch_size = int(processor.image_processor.patch_size)
@@ -48,7 +51,7 @@ class SampleEncoder:
         pixels = decode(data)
         height, width = self.size_rule.target(pixels.shape[1], pixels.shape[0])
         grid = (1, height // self.patch_size, width // self.patch_size)
-        return resize(pixels, height, width).reshape(-1).numpy(), grid
+        return resize(pixels, height, width, self.exact_resize).reshape(-1).numpy(), grid
 
     def encode(self, raw: RawSample) -> Example:
         """Encode one sample. Raises UnreadableImage, TooLong, or ValueError for a damaged record."""
@@ -112,7 +115,9 @@ class CaptionStream:
         pipeline = webdataset.DataPipeline(
             source,
             webdataset.map(self.encoder, handler=webdataset.reraise_exception),
-            webdataset.batched(self.layout.micro_batch_size, collation_fn=_Collate(self.encoder), partial=False),
+            webdataset.batched(
+                self.layout.micro_batch_size, collation_fn=_Collate(self.encoder), partial=False
+            ),
         )
         loader = DataLoader(
             pipeline,

@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 from transformers import Qwen2VLForConditionalGeneration
+from transformers.conversion_mapping import (
+    get_checkpoint_conversion_mapping,
+    register_checkpoint_conversion_mapping,
+)
 
 from qwenvl_dist.model.pixels import PixelSettings, pixel_values
 
@@ -24,6 +29,7 @@ class Qwen2VLForCaptionLoss(Qwen2VLForConditionalGeneration):
 
     pixel_settings: PixelSettings | None = None  # set once after loading
 
+    @functools.wraps(Qwen2VLForConditionalGeneration.forward)  # `generate` reads the signature
     def forward(self, *args: Any, batch: CaptionBatch | None = None, **kwargs: Any) -> Any:  # type: ignore[override]
         """Return the summed loss of `batch` (a float32 scalar), or without a batch what transformers returns."""
         if batch is None:
@@ -58,3 +64,12 @@ class Qwen2VLForCaptionLoss(Qwen2VLForConditionalGeneration):
         # weight, several times slower with a vocabulary of 152k.
         at_targets = hidden.reshape(-1, hidden.shape[-1])[batch.target_positions]
         return cross_entropy(self.lm_head(at_targets).float(), batch.target_ids, reduction="sum")
+
+
+# transformers looks up by class name how hub names become run-time names; a subclass unknown there would keep its random
+# weights and only warn.
+register_checkpoint_conversion_mapping(
+    Qwen2VLForCaptionLoss.__name__,
+    get_checkpoint_conversion_mapping(Qwen2VLForConditionalGeneration.__name__),
+    overwrite=True,
+)

@@ -24,7 +24,9 @@ def resolve_base(base: str) -> Path:
             raise UserError(f"model.base = {base}: has no config.json; name a folder in hub layout")
         return folder
     if base.count("/") != 1 or base.startswith((".", "/")):
-        raise UserError(f"model.base = {base}: no such folder; give a folder in hub layout or a hub id owner/name")
+        raise UserError(
+            f"model.base = {base}: no such folder; give a folder in hub layout or a hub id owner/name"
+        )
     from huggingface_hub import snapshot_download
 
     try:
@@ -91,8 +93,22 @@ def load_model(folder: Path, config: ModelConfig) -> Qwen2VLForCaptionLoss:
 
     from qwenvl_dist.model.forward import Qwen2VLForCaptionLoss
 
-    model = Qwen2VLForCaptionLoss.from_pretrained(
-        folder, dtype=getattr(torch, config.dtype), attn_implementation=choose_attention(config.attention)
-    )
-    model.config.use_cache = False
+    try:
+        model, report = Qwen2VLForCaptionLoss.from_pretrained(
+            folder,
+            dtype=getattr(torch, config.dtype),
+            attn_implementation=choose_attention(config.attention),
+            output_loading_info=True,
+        )
+    except (OSError, ValueError) as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(f"model.base = {folder}: its weights cannot be loaded ({reason})") from error
+    # transformers fills a gap with random weights and a warning; nobody wants to train on those.
+    for fault in ("missing_keys", "mismatched_keys", "unexpected_keys"):
+        if report[fault]:
+            names = sorted(str(key) for key in report[fault])
+            raise UserError(
+                f"model.base = {folder}: {len(names)} {fault.replace('_', ' ')} in its weights, first {names[0]}; "
+                "complete the download or name a Qwen2-VL model"
+            )
     return model

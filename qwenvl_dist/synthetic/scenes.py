@@ -31,7 +31,7 @@ COLOURS: dict[str, tuple[int, int, int]] = {
 SHAPES = ("circle", "square", "triangle")
 OBJECTS = tuple((colour, shape) for colour in COLOURS for shape in SHAPES)
 
-# A style is one or more captions of a picture; {a} is the upper object, {b} the lower one.
+# The captions that each picture gets in a style; {a} is the upper object, {b} the lower one.
 STYLES: dict[str, tuple[str, ...]] = {
     "plain": ("a {a} above a {b}",),
     "plain5": (
@@ -41,7 +41,16 @@ STYLES: dict[str, tuple[str, ...]] = {
         "the {a} is above the {b}",
         "the {b} is below the {a}",
     ),
-    "inventory": ("a picture. above: a {a}. below: a {b}.",),
+}
+# In these styles a picture gets one caption out of several wordings. A base that must follow the wording
+# learns where to look from the words ("below"), not from their number, and takes to new wordings easily.
+MIXED_STYLES: dict[str, tuple[str, ...]] = {
+    "inventory": (
+        "above: a {a}. below: a {b}.",
+        "above: a {a}. below: a {b}.",
+        "below: a {b}. above: a {a}.",
+        "a {b} below, a {a} above.",
+    ),
 }
 SPLITS = ("train", "validation")
 JPEG_QUALITY = 92
@@ -71,6 +80,7 @@ class Scene:
     background: tuple[int, int, int]
     upper: PlacedShape
     lower: PlacedShape
+    chance: float  # in [0, 1): which wording a mixed style uses
 
 
 def held_out(upper: int, lower: int) -> bool:
@@ -104,7 +114,7 @@ def scene(number: int, seed: int, split: str = "train", size: int = 56) -> Scene
         y = size * (middle + 0.06 * (draw.random() - 0.5))
         return PlacedShape(colour, shape, (x, y), radius)
 
-    return Scene(size, (red, green, blue), place(upper, 0.26), place(lower, 0.74))
+    return Scene(size, (red, green, blue), place(upper, 0.26), place(lower, 0.74), draw.random())
 
 
 def draw_scene(scene: Scene) -> Image.Image:
@@ -129,14 +139,19 @@ def draw_scene(scene: Scene) -> Image.Image:
 
 def captions(scene: Scene, style: str = "plain") -> list[str]:
     """Return the captions of a scene, one or more, in the wording of a style."""
-    if style not in STYLES:
-        raise UserError(f"style is {style!r}; it must be one of {', '.join(STYLES)}")
-    return [text.format(a=scene.upper.name, b=scene.lower.name) for text in STYLES[style]]
+    if style in MIXED_STYLES:
+        wordings = MIXED_STYLES[style]
+        patterns = (wordings[int(scene.chance * len(wordings))],)
+    elif style in STYLES:
+        patterns = STYLES[style]
+    else:
+        raise UserError(f"style is {style!r}; it must be one of {', '.join([*STYLES, *MIXED_STYLES])}")
+    return [text.format(a=scene.upper.name, b=scene.lower.name) for text in patterns]
 
 
 def all_words() -> Sequence[str]:
     """Return every sentence pattern, colour and shape: the text that a scene tokenizer must know."""
-    patterns = [text.format(a="", b="") for style in STYLES.values() for text in style]
+    patterns = [text.format(a="", b="") for style in (STYLES | MIXED_STYLES).values() for text in style]
     return [*patterns, *COLOURS, *SHAPES]
 
 

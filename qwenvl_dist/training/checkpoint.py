@@ -72,7 +72,9 @@ def _only_trained(model: nn.Module) -> Iterator[None]:
     """
     names = set(trainable_parameters(model))
 
-    def keep_trained(_module: nn.Module, state: dict[str, Any], _prefix: str, _metadata: dict[str, Any]) -> None:
+    def keep_trained(
+        _module: nn.Module, state: dict[str, Any], _prefix: str, _metadata: dict[str, Any]
+    ) -> None:
         for name in [name for name in state if name not in names]:
             del state[name]
 
@@ -121,7 +123,9 @@ class Checkpoints:
         failures = [failure for failure, _ in answers if failure]
         if not failures and state.topology.is_main:
             try:
-                self._publish(partial, final, {k: v for _, part in answers for k, v in part.items()}, val_loss)
+                self._publish(
+                    partial, final, {k: v for _, part in answers for k, v in part.items()}, val_loss
+                )
                 self._point_best(final, val_loss)
                 self._rotate()
             except OSError as error:
@@ -154,7 +158,8 @@ class Checkpoints:
     def _publish(self, partial: Path, final: Path, files: dict[str, Any], val_loss: float | None) -> None:
         """Add what one rank writes for all, then the manifest, then give the folder its name. Rank 0 only."""
         state, recipe = self.state, self.state.recipe
-        (partial / "zero_to_fp32.py").unlink(missing_ok=True)  # merging is `qwenvl-dist merge`
+        for script in partial.glob("*.py"):  # DeepSpeed's own converters; here it is `qwenvl-dist merge`
+            script.unlink()
         adapter = getattr(state.engine.module, "peft_config", None)
         if adapter is not None:
             adapter["default"].save_pretrained(str(partial))
@@ -298,7 +303,9 @@ def load_trained_state(engine: Any, checkpoint: ZeroCheckpoint) -> None:
         size = parameter.ds_tensor.numel()  # type: ignore[attr-defined]
         safe_set_local_fp32_param(parameter, own_slice(checkpoint.fp32(name), size))
         for key in ("exp_avg", "exp_avg_sq"):
-            safe_set_local_optimizer_state(parameter, own_slice(checkpoint.optimizer_state(name, key), size), key)
+            safe_set_local_optimizer_state(
+                parameter, own_slice(checkpoint.optimizer_state(name, key), size), key
+            )
     with deepspeed.zero.GatheredParameters(list(parameters.values()), modifier_rank=0):
         if rank == 0:
             for name, parameter in parameters.items():

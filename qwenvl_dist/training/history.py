@@ -52,7 +52,9 @@ class RunHistory:
         """Add a line for each bad sample met in `step`. Rank 0 writes, others do nothing."""
         for record in records if self._bad else ():
             assert self._bad
-            self._bad.append({"shard": record.shard, "key": record.key, "reason": record.reason, "step": step})
+            self._bad.append(
+                {"shard": record.shard, "key": record.key, "reason": record.reason, "step": step}
+            )
 
     def consumed(self, step: int, keys: list[str]) -> None:
         """Add what this rank consumed in `step` to the ledger, if there is one."""

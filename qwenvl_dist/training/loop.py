@@ -122,7 +122,9 @@ def stop_early(state: TrainState, checkpoints: Checkpoints, history: RunHistory,
     if state.progress.step and checkpoints.last_saved != state.progress.step:
         history.sync()
         checkpoints.save()
-    raise Stopped(f"stopped by {received} after step {state.progress.step}; start the same command again to go on")
+    raise Stopped(
+        f"stopped by {received} after step {state.progress.step}; start the same command again to go on"
+    )
 
 
 def handle_bad_samples(state: TrainState, bad: list[Any], history: RunHistory) -> None:
@@ -131,7 +133,9 @@ def handle_bad_samples(state: TrainState, bad: list[Any], history: RunHistory) -
     fresh = state.progress.note_bad([record for part in state.host.gather(bad) for record in part])
     history.bad_samples(fresh, step)
     for record in fresh if state.topology.is_main else ():
-        log.warning("step %d: bad sample %s in %s left out: %s", step, record.key, record.shard, record.reason)
+        log.warning(
+            "step %d: bad sample %s in %s left out: %s", step, record.key, record.shard, record.reason
+        )
     budget = state.recipe.data.bad_sample_budget
     allowed = -int(-budget * state.identity.samples_per_epoch // 1)
     if len(state.progress.bad_samples) > allowed:

@@ -88,7 +88,9 @@ class Metrics:
             "target_tokens": self._target_tokens,
         }
         self.history.metrics(values)
-        state.accelerator.log({k: v for k, v in values.items() if k != "step" and v is not None}, step=progress.step)
+        state.accelerator.log(
+            {k: v for k, v in values.items() if k != "step" and v is not None}, step=progress.step
+        )
         left = (state.total_samples - progress.consumed) / max(self._samples / wall, 1e-9)
         total = progress.step + state.batches.layout.steps(state.total_samples - progress.consumed)
         log.info(
@@ -133,7 +135,11 @@ def start_trackers(state: TrainState) -> None:
     run = recipe.train.output_dir
     options: dict[str, Any] = {
         "swanlab": {"mode": tracking.mode, "logdir": f"{run}/swanlab", "experiment_name": tracking.name},
-        "wandb": {"mode": "online" if tracking.mode == "online" else "offline", "dir": run, "name": tracking.name},
+        "wandb": {
+            "mode": "online" if tracking.mode == "online" else "offline",
+            "dir": run,
+            "name": tracking.name,
+        },
     }
     if tracking.mode == "online":
         options["swanlab"]["mode"] = "cloud"

@@ -13,7 +13,9 @@ if TYPE_CHECKING:
     from qwenvl_dist.config import OptimConfig
 
 
-def make_optimizer(model: torch.nn.Module, config: OptimConfig, deepspeed: dict[str, Any]) -> torch.optim.Optimizer:
+def make_optimizer(
+    model: torch.nn.Module, config: OptimConfig, deepspeed: dict[str, Any]
+) -> torch.optim.Optimizer:
     """Return AdamW over what trains; weight decay skips vectors (biases, norms).
 
     With the optimizer offloaded to the host, DeepSpeed's vectorised CPU Adam takes its place.
@@ -32,7 +34,9 @@ def make_optimizer(model: torch.nn.Module, config: OptimConfig, deepspeed: dict[
         from deepspeed.ops.adam import DeepSpeedCPUAdam
 
         return DeepSpeedCPUAdam(groups, lr=config.learning_rate, betas=config.betas, adamw_mode=True)
-    return torch.optim.AdamW(groups, lr=config.learning_rate, betas=config.betas, fused=torch.cuda.is_available())
+    return torch.optim.AdamW(
+        groups, lr=config.learning_rate, betas=config.betas, fused=torch.cuda.is_available()
+    )
 
 
 def learning_rate(config: OptimConfig, consumed: int, per_step: int, total: int) -> float:

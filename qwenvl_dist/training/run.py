@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import sys
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -36,7 +37,10 @@ log = get_logger(__name__)
 def build_model(recipe: Recipe, base: Path, processor: Any) -> nn.Module:
     """Return the model to train. Collective under ZeRO-3."""
     import torch
+    import transformers
 
+    if not (sys.stderr.isatty() and Topology.from_environment().is_main):
+        transformers.utils.logging.disable_progress_bar()
     model = load_model(base, recipe.model)
     model.pixel_settings = PixelSettings.of(processor)
     set_activation_checkpointing(model, recipe.model.checkpoint_every)
@@ -49,7 +53,8 @@ def open_streams(
 ) -> tuple[CaptionStream, CaptionStream | None, DataIdentity]:
     """Return the training stream, the validation stream and what identifies the data."""
     data, train_config = recipe.data, recipe.train
-    encoder = SampleEncoder(processor, ImageSizeRule.of(data.image_size, processor), data.max_length)
+    rule = ImageSizeRule.of(data.image_size, processor)
+    encoder = SampleEncoder(processor, rule, data.max_length, data.resize == "exact")
     shards = ShardSet(data.train)
     plan = RunPlan(
         shards.manifest.shard_sizes, seed=data.seed, window=data.shuffle_window, epochs=train_config.epochs
@@ -57,7 +62,11 @@ def open_streams(
     if not plan.samples_per_epoch:
         raise UserError(f"data.train = {data.train}: holds no samples; pack some first")
     layout = StepLayout(topology.world_size, data.micro_batch_size, train_config.grad_accum_steps)
-    options: Any = {"rank": topology.rank, "workers": data.workers, "timeout_seconds": train_config.timeout_seconds}
+    options: Any = {
+        "rank": topology.rank,
+        "workers": data.workers,
+        "timeout_seconds": train_config.timeout_seconds,
+    }
     batches = CaptionStream(shards, plan, layout, encoder, **options)
     identity = DataIdentity(
         shards.manifest.fingerprint, data.seed, data.shuffle_window, plan.samples_per_epoch
@@ -67,13 +76,17 @@ def open_streams(
         held_out = ShardSet(data.validation)
         once = RunPlan(held_out.manifest.shard_sizes, seed=0, window=1, shuffle=False)
         if not once.total_samples:
-            raise UserError(f"data.validation = {data.validation}: holds no samples; pack some or drop the key")
+            raise UserError(
+                f"data.validation = {data.validation}: holds no samples; pack some or drop the key"
+            )
         one = StepLayout(topology.world_size, data.micro_batch_size, 1)
         validation = CaptionStream(held_out, once, one, encoder, **options)
     return batches, validation, identity
 
 
-def assemble(recipe: Recipe, accelerator: Accelerator, topology: Topology, host: HostGroup, base: Path) -> TrainState:
+def assemble(
+    recipe: Recipe, accelerator: Accelerator, topology: Topology, host: HostGroup, base: Path
+) -> TrainState:
     """Load, shard and connect everything a training step touches. Collective."""
     processor = load_processor(base)
     batches, validation, identity = open_streams(recipe, topology, processor)

@@ -75,6 +75,10 @@ def test_masters_moments_and_step_are_those_deepspeed_gathers(saved, case: str, 
     for name, state in truth.items():
         assert torch.equal(checkpoint.fp32(name), state["fp32"]), name
         assert torch.equal(checkpoint.fp32(name).to(state["weight"].dtype), state["weight"]), name
+        flat, numel = state["fp32"].flatten(), state["fp32"].numel()
+        for begin, count in ((0, 1), (numel // 3, numel // 2), (numel - 1, 1)):
+            if count:
+                assert torch.equal(checkpoint.fp32_elements(name, begin, count), flat[begin : begin + count])
         for key in ("exp_avg", "exp_avg_sq"):
             expected = state[key] if steps else torch.zeros(checkpoint.shapes[name])
             assert torch.equal(checkpoint.optimizer_state(name, key), expected), (name, key)

@@ -33,7 +33,7 @@ def ds_config(
         "gradient_accumulation_steps": 1,
         "zero_force_ds_cpu_optimizer": False,
         "zero_optimization": {"stage": stage, **(zero or {})},
-        **({dtype: {"enabled": True}} if dtype != "float32" else {}),
+        **({dtype: {"enabled": True}} if dtype not in ("float32", "fp32") else {}),
         **(config or {}),
     }
 

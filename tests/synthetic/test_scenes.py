@@ -8,8 +8,8 @@ from PIL import Image
 from qwenvl_dist.errors import UserError
 from qwenvl_dist.synthetic.scenes import (
     COLOURS,
+    MIXED_STYLES,
     OBJECTS,
-    STYLES,
     PlacedShape,
     captions,
     draw_scene,
@@ -107,11 +107,23 @@ def test_splits_share_no_pair_and_training_shows_every_object_in_both_places() -
     assert {upper for upper, _ in pairs["train"]} == {lower for _, lower in pairs["train"]} == names
 
 
-def test_no_caption_of_one_style_is_a_caption_of_another() -> None:
-    drawn = scene(0, 0)
-    assert set(captions(drawn, "plain")).isdisjoint(captions(drawn, "inventory"))
-    assert set(captions(drawn, "plain")) < set(captions(drawn, "plain5"))
-    assert all(captions(drawn, style) for style in STYLES)
+def test_base_style_never_says_a_caption_of_the_adapter_style() -> None:
+    for number in range(50):
+        drawn = scene(number, 0)
+        assert set(captions(drawn, "plain5")).isdisjoint(captions(drawn, "inventory"))
+        assert set(captions(drawn, "plain")) < set(captions(drawn, "plain5"))
+
+
+def test_mixed_style_gives_one_caption_and_uses_every_wording() -> None:
+    drawn = [scene(number, 0) for number in range(100)]
+    given = [captions(one, "inventory") for one in drawn]
+    assert all(len(texts) == 1 for texts in given)
+    used = {
+        texts[0].replace(one.upper.name, "{a}").replace(one.lower.name, "{b}")
+        for one, texts in zip(drawn, given, strict=True)
+        if one.upper.name != one.lower.name
+    }
+    assert used == set(MIXED_STYLES["inventory"])
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,183 @@
+"""`shards pack`, `shards verify`, `shards show`."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import sys
+import time
+from itertools import groupby
+from pathlib import Path
+
+from qwenvl_dist.data.formats import DEFAULT_JOIN, DEFAULT_PROMPT, READERS
+
+EXAMPLES_SHOWN = 3
+
+
+def add_parser(subparsers: argparse._SubParsersAction) -> None:
+    """Add `shards` with its three sub-commands."""
+    shards = subparsers.add_parser("shards", help="pack, verify and look at WebDataset shards")
+    actions = shards.add_subparsers(dest="action", required=True, metavar="pack|verify|show")
+
+    pack = actions.add_parser("pack", help="pictures and captions -> shards, indexes and a manifest")
+    pack.add_argument("--source", required=True, choices=sorted(READERS), help="the form of the captions")
+    pack.add_argument("--captions", type=Path, required=True, metavar="FILE", help="COCO captions JSON")
+    pack.add_argument("--images", type=Path, required=True, metavar="DIR", help="the folder of the pictures")
+    pack.add_argument("--out", type=Path, required=True, metavar="DIR", help="the folder to write")
+    pack.add_argument("--prompt", default=DEFAULT_PROMPT, help="the user's text (default: %(default)r)")
+    pack.add_argument(
+        "--join", default=DEFAULT_JOIN, help="between a picture's captions (default: %(default)r)"
+    )
+    pack.add_argument(
+        "--samples-per-shard", type=int, default=1000, metavar="N", help="(default: %(default)s)"
+    )
+    _add_workers(pack)
+    pack.add_argument(
+        "--skip-bad",
+        action="store_true",
+        help="leave out pictures that cannot be read, and name them in the manifest",
+    )
+    pack.set_defaults(run=run)
+
+    verify = actions.add_parser("verify", help="check every byte; exit code 1 if anything is bad")
+    verify.add_argument("folder", type=Path, metavar="DIR")
+    _add_workers(verify)
+    verify.add_argument("--json", action="store_true", help="print the result as one JSON object")
+    verify.set_defaults(run=run)
+
+    show = actions.add_parser("show", help="print what is inside, a line a sample")
+    show.add_argument("folder", type=Path, metavar="DIR")
+    show.add_argument("--limit", type=int, metavar="N", help="stop after N samples")
+    show.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Run the sub-command and return the exit code."""
+    return {"pack": _run_pack, "verify": _run_verify, "show": _run_show}[args.action](args)
+
+
+def _run_pack(args: argparse.Namespace) -> int:
+    """Pack, and say what was done."""
+    from qwenvl_dist.data.pack import pack
+    from qwenvl_dist.data.parallel import available_cores
+    from qwenvl_dist.logs import get_logger, progress
+
+    log = get_logger(__name__)
+    started = time.monotonic()
+    reader = READERS[args.source]
+    samples = list(reader(args.captions, args.images, args.prompt, args.join, allow_missing=args.skip_bad))
+    with progress(total=len(samples), description="pack") as bar:
+        report = pack(
+            samples,
+            args.out,
+            samples_per_shard=args.samples_per_shard,
+            workers=available_cores() if args.workers is None else args.workers,
+            skip_bad=args.skip_bad,
+            packing={"source": args.source, "prompt": args.prompt, "join": args.join},
+            advance=bar.advance,
+        )
+    for bad in report.skipped[:EXAMPLES_SHOWN]:
+        log.warning("left out %s: %s", bad.key, bad.reason)
+    if len(report.skipped) > EXAMPLES_SHOWN:
+        log.warning("left out %d samples, all named in %s", len(report.skipped), args.out / "manifest.json")
+    num_shards = len(report.manifest.shards)
+    if not report.shards_written:
+        log.info(
+            "%s: nothing to do, all %d shards are there (%d samples)",
+            args.out,
+            num_shards,
+            report.manifest.samples,
+        )
+        return 0
+    kept = f", {report.shards_kept} kept from an earlier run" if report.shards_kept else ""
+    seconds = time.monotonic() - started
+    log.info(
+        "%s: %d samples in %d shards%s, %.1f s", args.out, report.manifest.samples, num_shards, kept, seconds
+    )
+    return 0
+
+
+def _run_verify(args: argparse.Namespace) -> int:
+    """Verify, name what is bad, a line for each kind of fault in a shard."""
+    from qwenvl_dist.data.index import Manifest
+    from qwenvl_dist.data.parallel import available_cores
+    from qwenvl_dist.data.verify import verify
+    from qwenvl_dist.errors import UserError
+    from qwenvl_dist.logs import get_logger, progress
+
+    log = get_logger(__name__)
+    try:
+        total = Manifest.load(args.folder).samples
+    except UserError:
+        total = None  # verify says what is wrong with it
+    workers = available_cores() if args.workers is None else args.workers
+    with progress(total=total, description="verify") as bar:
+        report = verify(args.folder, workers, bar.advance)
+    for (shard, reason), faults in groupby(report.bad, key=lambda fault: (fault.shard, fault.reason)):
+        keys = [fault.key for fault in faults if fault.key is not None]
+        log.warning("%s: %s%s", shard, reason, _shorten_keys(keys))
+    summary = f"{args.folder}: {report.samples} samples in {report.shards} shards"
+    log.info("%s, %s", summary, f"{len(report.bad)} faults" if report.bad else "all good")
+    if args.json:
+        print(json.dumps(report.to_json()))
+    return 1 if report.bad else 0
+
+
+def _run_show(args: argparse.Namespace) -> int:
+    """Print shard, key, picture sizes, bytes and the text of each sample, as wide as the terminal."""
+    try:
+        _show(args.folder, args.limit)
+        sys.stdout.flush()
+    except BrokenPipeError:  # `| head` has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return 0
+
+
+def _show(folder: Path, limit: int | None) -> None:
+    from rich.cells import cell_len, set_cell_size
+
+    from qwenvl_dist.data.formats import parse_sample_json
+    from qwenvl_dist.data.index import BadSample, Manifest, ShardReader, index_path, load_shard_index
+
+    width = shutil.get_terminal_size((160, 24)).columns
+    shown = 0
+    for entry in Manifest.load(folder).shards:
+        if limit is not None and shown >= limit:
+            return
+        index = load_shard_index(index_path(folder / entry.name))
+        reader = ShardReader(folder / entry.name, index)
+        for i, key in enumerate(index.keys[: None if limit is None else limit - shown]):
+            try:
+                text = _text_of(parse_sample_json(reader.read_member(i, "json")))
+            except BadSample as error:
+                text = f"BAD: {error.reason}"
+            except ValueError as error:
+                text = f"BAD: json: {error}"
+            sizes = " ".join(f"{w}x{h}" for w, h in index.images(i).tolist()) or "no image"
+            num_bytes = sum(member.size for member in index.members(i).values())
+            line = f"{entry.name}  {key}  {sizes:>9}  {num_bytes:>8}  {text}"
+            line = "".join(character if character.isprintable() else " " for character in line)
+            print(line if cell_len(line) <= width else set_cell_size(line, width - 1) + "…")
+            shown += 1
+        reader.close()
+
+
+def _text_of(record: dict) -> str:
+    """Return the assistant's text."""
+    answers = [message for message in record["messages"] if message["role"] == "assistant"]
+    return " ".join(
+        part["text"] for message in answers for part in message["content"] if part["type"] == "text"
+    )
+
+
+def _shorten_keys(keys: list[str]) -> str:
+    if not keys:
+        return ""
+    more = f" and {len(keys) - EXAMPLES_SHOWN} more" if len(keys) > EXAMPLES_SHOWN else ""
+    return f": {', '.join(keys[:EXAMPLES_SHOWN])}{more}"
+
+
+def _add_workers(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--workers", type=int, metavar="N", help="processes (default: one a core)")

@@ -1,0 +1,210 @@
+"""Decide what happens to every tensor of the base, and compute the merged ones row block by row block.
+
+    merged = round(W + scaling * lora_B @ lora_A)
+
+in float32 with one rounding to the output's type. W is the base's weight, or the one that was trained in its place.
+"""
+
+import os
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from qwenvl_dist.errors import UserError
+from qwenvl_dist.merge.adapter import LoraDelta
+from qwenvl_dist.merge.trained import Trained, TrainedParameter
+from qwenvl_dist.model.base_folder import BaseFolder, TensorEntry
+from qwenvl_dist.model.names import EMBEDDING, LM_HEAD, runtime_name
+
+TORCH_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+BLOCK_ELEMENTS = 1 << 20  # 4 MiB in float32: a block and its product stay near the cache
+
+
+@dataclass(frozen=True)
+class TensorPlan:
+    """What happens to one tensor of the base; without delta and trained it keeps its value."""
+
+    name: str  # in the base's files
+    entry: TensorEntry  # in the base
+    dtype: str  # of the output, as safetensors writes it
+    delta: LoraDelta | None = None
+    trained: TrainedParameter | None = None
+
+    @property
+    def merged(self) -> bool:
+        """Whether training changed the tensor."""
+        return self.delta is not None or self.trained is not None
+
+    @property
+    def copied(self) -> bool:
+        """Whether its bytes stay as they are."""
+        return not self.merged and self.dtype == self.entry.dtype
+
+    @property
+    def rows(self) -> int:
+        """Number of rows; a vector's elements are rows of one."""
+        return self.entry.shape[0] if self.entry.shape else 1
+
+    @property
+    def columns(self) -> int:
+        """Elements in a row."""
+        return torch.Size(self.entry.shape[1:]).numel()
+
+
+def make_plan(base: BaseFolder, trained: Trained, dtype: str | None) -> dict[str, TensorPlan]:
+    """Return a plan for every tensor of the base, by the base's names, using everything that was trained.
+
+    Args:
+        base: whose names and shapes hold.
+        trained: what to put in.
+        dtype: of floating-point tensors in the output, None to keep each one's.
+
+    Raises:
+        UserError: something trained has no place in the base, or a place of another shape or type.
+    """
+    if base.config.get("quantization_config"):
+        raise UserError(f"{base.path} is quantised; merge into the base that it was made from")
+    by_tensor = {f"{module}.weight": delta for module, delta in trained.deltas.items()}
+    parameters = dict(trained.parameters)
+    if base.tied:
+        _tie(base, by_tensor, parameters)
+    unknown = sorted(name for name in {*by_tensor, *parameters} if name not in base.by_runtime_name)
+    if unknown:
+        raise UserError(
+            f"{base.path} has no tensor for {len(unknown)} of {len(by_tensor) + len(parameters)} trained ones, "
+            f"such as {unknown[0]}: the checkpoint belongs to another kind of base"
+        )
+    _check_complete(base, trained)
+
+    plans = {}
+    for name, entry in base.tensors.items():
+        delta = by_tensor.get(runtime_name(name))
+        parameter = parameters.get(runtime_name(name))
+        out = dtype if dtype and entry.dtype in TORCH_DTYPES else entry.dtype
+        for what in (delta, parameter):
+            if what is not None and tuple(what.shape) != entry.shape:
+                raise UserError(
+                    f"{name} has shape {list(entry.shape)} in {base.path} and {list(what.shape)} in "
+                    f"{trained.source}: the checkpoint belongs to a base of another size"
+                )
+        plan = TensorPlan(name, entry, out, delta, parameter)
+        if plan.merged and entry.dtype not in TORCH_DTYPES:
+            raise UserError(
+                f"{name} is {entry.dtype} in {base.path}; only F32, BF16 and F16 can be merged into"
+            )
+        plans[name] = plan
+    if not any(plan.merged for plan in plans.values()):
+        raise UserError(f"{trained.source} would change no tensor of {base.path}")
+    return plans
+
+
+def _tie(base: BaseFolder, by_tensor: dict[str, LoraDelta], parameters: dict[str, TrainedParameter]) -> None:
+    """Let head and embedding of a tied base stay one, whichever name it was trained under."""
+    for tied in (LM_HEAD, EMBEDDING):
+        if tied in by_tensor:
+            raise UserError(
+                f"the adapter targets {tied}, which {base.path} ties to the other end of the model: merging it "
+                "would change both; untie the base first, or use the adapter as it is"
+            )
+    if LM_HEAD in parameters and EMBEDDING in parameters:
+        raise UserError(f"{LM_HEAD} and {EMBEDDING} were trained apart, but {base.path} ties them")
+    shared = parameters.get(LM_HEAD) or parameters.get(EMBEDDING)
+    parameters.pop(LM_HEAD, None)
+    if shared is not None:
+        parameters[EMBEDDING] = shared
+        if LM_HEAD in base.tensors:
+            parameters[LM_HEAD] = shared
+
+
+def _check_complete(base: BaseFolder, trained: Trained) -> None:
+    """Refuse an adapter that lacks a module which its config targets (peft's rule: the name or its end)."""
+    config = trained.adapter_config or {}
+    targets = config.get("target_modules")
+    modules = {name.removesuffix(".weight") for name in base.by_runtime_name if name.endswith(".weight")}
+    restricted = config.get("layers_to_transform") is not None or bool(config.get("exclude_modules"))
+    if isinstance(targets, str):
+        due = {target: {m for m in modules if _fullmatch(targets, m)} for target in [targets]}
+        due = {} if targets == "all-linear" else due
+    else:
+        due = {
+            target: {m for m in modules if m == target or m.endswith(f".{target}")}
+            for target in targets or []
+        }
+    for target, expected in due.items():
+        missing = sorted(expected - trained.deltas.keys())
+        if missing and not (restricted and len(missing) < len(expected)):
+            raise UserError(
+                f"{trained.source}: its config targets {target}, but {len(missing)} of {len(expected)} modules, such as "
+                f"{missing[0]}, have no adapter tensors: the checkpoint is incomplete"
+            )
+
+
+def _fullmatch(pattern: str, module: str) -> bool:
+    """Match as peft does, whatever name the pattern was written for."""
+    hub = module.replace("model.language_model.", "model.").replace("model.visual.", "visual.")
+    return any(re.fullmatch(pattern, name) for name in (module, hub))
+
+
+def row_blocks(plan: TensorPlan) -> Iterator[tuple[int, int]]:
+    """Yield (first row, last row + 1) of blocks that fit in the memory bound."""
+    step = max(1, BLOCK_ELEMENTS // max(1, plan.columns))
+    for begin in range(0, plan.rows, step):
+        yield begin, min(begin + step, plan.rows)
+
+
+def read_rows(descriptor: int, entry: TensorEntry, columns: int, begin: int, end: int) -> torch.Tensor:
+    """Read rows of a tensor from a safetensors file as they are."""
+    dtype = TORCH_DTYPES[entry.dtype]
+    rows = torch.empty((end - begin, columns), dtype=dtype)
+    view = rows.view(torch.uint8).reshape(-1).numpy().data
+    offset = entry.begin + begin * columns * dtype.itemsize
+    while view:
+        count = os.preadv(descriptor, [view], offset)
+        if not count:
+            raise OSError(f"{entry.file} ended early")
+        view, offset = view[count:], offset + count
+    return rows
+
+
+def merged_rows(plan: TensorPlan, base_rows: torch.Tensor | None, begin: int, end: int) -> torch.Tensor:
+    """Return rows of the merged tensor in float32, (rows, columns).
+
+    Args:
+        plan: of the tensor.
+        base_rows: the base's rows, which are not needed where the parameter was trained itself.
+        begin: first row.
+        end: last row + 1.
+    """
+    if plan.trained is not None:
+        count = (end - begin) * plan.columns
+        weight = plan.trained.elements(begin * plan.columns, count).reshape(end - begin, plan.columns)
+    else:
+        assert base_rows is not None
+        weight = base_rows.to(torch.float32)
+    if plan.delta is None:
+        return weight
+    return torch.addmm(weight, plan.delta.lora_b[begin:end], plan.delta.lora_a, alpha=plan.delta.scaling)
+
+
+def round_rows(plan: TensorPlan, rows: torch.Tensor) -> torch.Tensor:
+    """Round to the output's type, once.
+
+    Raises:
+        UserError: the result is not finite.
+    """
+    rounded = rows.to(TORCH_DTYPES[plan.dtype])
+    if plan.merged and not torch.isfinite(rounded.sum(dtype=torch.float32)):
+        _raise_if_not_finite(plan, rounded)
+    return rounded
+
+
+def _raise_if_not_finite(plan: TensorPlan, rounded: torch.Tensor) -> Any:
+    bad = int((~torch.isfinite(rounded)).sum())
+    if bad:
+        raise UserError(
+            f"{plan.name} would hold {bad} values that are not finite as {plan.dtype}: the trained values are NaN, or "
+            "too large for the type; use an older checkpoint, or --dtype bfloat16 or float32"
+        )

@@ -1,0 +1,81 @@
+"""Write a safetensors file in place: the header first, then each tensor's bytes where they belong."""
+
+import errno
+import os
+from pathlib import Path
+from typing import Self
+
+from qwenvl_dist.model.base_folder import TensorEntry, read_header
+
+COPY_BYTES = 8 << 20
+_NO_KERNEL_COPY = {errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.EPERM, errno.EBADF}
+
+
+class SafetensorsWriter:
+    """Context manager over one new file; leaving it without an error checks that every byte was written.
+
+    Args:
+        path: must not exist.
+        header: as `write_header` returns it, or another file's.
+        size: of the whole file.
+    """
+
+    def __init__(self, path: Path, header: bytes, size: int) -> None:
+        self.path = path
+        self._header = header
+        self._size = size
+        self._descriptor = -1
+        self._kernel_copy = hasattr(os, "copy_file_range")
+
+    def __enter__(self) -> Self:
+        """Create the file with its header, at its full size."""
+        self._descriptor = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
+        os.ftruncate(self._descriptor, self._size)
+        self._write(self._header, 0)
+        self._written = len(self._header)
+        return self
+
+    def __exit__(self, kind: object, *_: object) -> None:
+        """Check that nothing is missing, and bring the file to disk."""
+        try:
+            if kind is None:
+                assert self._written == self._size, (self.path, self._written, self._size)
+                os.fsync(self._descriptor)
+        finally:
+            os.close(self._descriptor)
+
+    def write(self, data: memoryview | bytes, offset: int) -> None:
+        """Put bytes at an offset of the file; every byte must be put exactly once."""
+        self._write(data, offset)
+        self._written += len(data)
+
+    def copy(self, source: int, begin: int, offset: int, count: int) -> None:
+        """Copy `count` bytes from offset `begin` of descriptor `source`, in the kernel where that works."""
+        self._written += count
+        while count and self._kernel_copy:
+            try:
+                copied = os.copy_file_range(source, self._descriptor, count, begin, offset)
+            except OSError as error:
+                if error.errno not in _NO_KERNEL_COPY:
+                    raise
+                copied = 0
+            if copied == 0:
+                self._kernel_copy = False
+            begin, offset, count = begin + copied, offset + copied, count - copied
+        while count:
+            data = os.pread(source, min(count, COPY_BYTES), begin)
+            if not data:
+                raise OSError(errno.EIO, "the base's file ended early", str(self.path))
+            self._write(data, offset)
+            begin, offset, count = begin + len(data), offset + len(data), count - len(data)
+
+    def _write(self, data: memoryview | bytes, offset: int) -> None:
+        view = memoryview(data).cast("B")
+        while view:
+            count = os.pwrite(self._descriptor, view, offset)
+            view, offset = view[count:], offset + count
+
+
+def entries_of(path: Path) -> dict[str, TensorEntry]:
+    """Return the tensors of a finished file, read back from its header."""
+    return read_header(path).tensors

@@ -1,0 +1,130 @@
+"""Find a checkpoint and say what training left in it: LoRA deltas, and base parameters trained as such."""
+
+import json
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from qwenvl_dist.checkpoints.zero import ZeroCheckpoint, is_zero_checkpoint
+from qwenvl_dist.errors import UserError
+from qwenvl_dist.merge.adapter import (
+    ADAPTER_CONFIG,
+    ADAPTER_WEIGHTS,
+    LoraConfig,
+    LoraDelta,
+    pair_up,
+    read_config,
+    read_peft_folder,
+    split_name,
+)
+from qwenvl_dist.model.names import runtime_name
+
+MANIFEST = "MANIFEST.json"
+_STEP_FOLDER = re.compile(r"step-(\d+)")
+
+
+@dataclass(frozen=True)
+class TrainedParameter:
+    """A base parameter that was trained itself; its float32 masters stay in the checkpoint until they are read."""
+
+    checkpoint: ZeroCheckpoint
+    name: str  # in the checkpoint
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape of the whole parameter."""
+        return tuple(self.checkpoint.shapes[self.name])
+
+    def elements(self, start: int, count: int) -> torch.Tensor:
+        """Return a stretch of the flattened parameter in float32."""
+        return self.checkpoint.fp32_elements(self.name, start, count)
+
+
+@dataclass(frozen=True)
+class Trained:
+    """What a merge puts into the base, by run-time name."""
+
+    source: Path  # the folder it came from
+    deltas: dict[str, LoraDelta] = field(default_factory=dict)  # by module
+    parameters: dict[str, TrainedParameter] = field(default_factory=dict)  # by tensor
+    adapter_config: dict[str, Any] | None = None
+    base_fingerprint: str | None = None  # of the base it was trained on, when the checkpoint says
+    processor: Path | None = None  # its tokenizer and image settings
+
+
+def find_checkpoint(path: Path) -> Path:
+    """Return the step or adapter folder that a path means: itself, or a run's best, else newest, checkpoint."""
+    if not path.is_dir():
+        raise UserError(f"{path} is not a folder; name a step folder, a run folder or a peft adapter folder")
+    if (path / MANIFEST).is_file() or (path / ADAPTER_CONFIG).is_file() or is_zero_checkpoint(path):
+        return path
+    checkpoints = path / "checkpoints" if (path / "checkpoints").is_dir() else path
+    if (checkpoints / "best").is_dir():
+        return (checkpoints / "best").resolve()
+    steps = {
+        int(match[1]): folder
+        for folder in checkpoints.iterdir()
+        if (match := _STEP_FOLDER.fullmatch(folder.name)) and (folder / MANIFEST).is_file()
+    }
+    if not steps:
+        raise UserError(
+            f"{path} holds no finished checkpoint (checkpoints/step-*/{MANIFEST}), no ZeRO partitions and no "
+            f"{ADAPTER_CONFIG}; name a step folder, a run folder or a peft adapter folder"
+        )
+    return steps[max(steps)]
+
+
+def read_trained(folder: Path) -> Trained:
+    """Read a step folder, a plain DeepSpeed folder or a peft adapter.
+
+    Raises:
+        UserError: see `pair_up`, `ZeroCheckpoint`; or adapter tensors without a config to scale them by.
+    """
+    processor = folder / "processor"
+    manifest = _read_manifest(folder)
+    common: dict[str, Any] = {
+        "source": folder,
+        "base_fingerprint": (manifest.get("base") or {}).get("fingerprint"),
+        "processor": processor if processor.is_dir() else None,
+    }
+    if not is_zero_checkpoint(folder):
+        if not (folder / ADAPTER_WEIGHTS).is_file():
+            raise UserError(f"{folder} holds neither ZeRO partitions nor {ADAPTER_WEIGHTS}")
+        return Trained(deltas=read_peft_folder(folder), adapter_config=read_config(folder), **common)
+
+    checkpoint = ZeroCheckpoint(folder)
+    adapter_names = [name for name in checkpoint.shapes if split_name(name)]
+    parameters: dict[str, TrainedParameter] = {}
+    for name in checkpoint.shapes:
+        if split_name(name):
+            continue
+        if runtime_name(name) in parameters:
+            raise UserError(f"{folder}: {name} was trained under two names")
+        parameters[runtime_name(name)] = TrainedParameter(checkpoint, name)
+    config = read_config(folder) or read_config(checkpoint.folder.parent) or manifest.get("lora")
+    if not adapter_names:
+        if config:
+            raise UserError(f"{folder} has an adapter config but its partitions hold no adapter tensor")
+        return Trained(parameters=parameters, **common)
+    if not config:
+        raise UserError(
+            f"{folder} holds an adapter but no {ADAPTER_CONFIG}, without which its scaling is not known; "
+            "put the one that peft wrote beside the partitions"
+        )
+    deltas = pair_up(
+        {name: checkpoint.fp32(name) for name in adapter_names}, LoraConfig(config, folder), folder
+    )
+    return Trained(deltas=deltas, parameters=parameters, adapter_config=config, **common)
+
+
+def _read_manifest(folder: Path) -> dict[str, Any]:
+    path = folder / MANIFEST
+    if not path.is_file():
+        return {}
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UserError(f"{path} is not JSON: {error}; the checkpoint is damaged, use another") from error

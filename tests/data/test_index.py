@@ -1,0 +1,257 @@
+import io
+import json
+import os
+import pickle
+import tarfile
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from pathlib import Path
+
+import pytest
+from made_coco import jpeg
+
+from qwenvl_dist.data.formats import caption_messages
+from qwenvl_dist.data.index import (
+    BadSample,
+    Manifest,
+    ShardEntry,
+    ShardReader,
+    build_shard_index,
+    image_members,
+    parse_shard_index,
+    probe_image,
+)
+from qwenvl_dist.errors import UserError
+
+ANSWER = "A bus.&&A white bus."
+
+
+def add(tar: tarfile.TarFile, name: str, data: bytes = b"x", **fields: object) -> None:
+    info = tarfile.TarInfo(name)
+    info.size = len(data)
+    for field, value in fields.items():
+        setattr(info, field, value)
+    tar.addfile(info, io.BytesIO(data))
+
+
+def make_tar(path: Path, num_samples: int = 3) -> Path:
+    text = json.dumps({"messages": caption_messages("p", ANSWER)}).encode()
+    with tarfile.open(path, "w") as tar:
+        for i in range(num_samples):
+            add(tar, f"k{i}.jpg", jpeg(i, width=20 + i, height=10))
+            add(tar, f"k{i}.json", text)
+    return path
+
+
+def test_index_tells_where_members_lie_and_what_they_are(tmp_path):
+    tar = make_tar(tmp_path / "a.tar")
+    index = build_shard_index(tar)
+    content = tar.read_bytes()
+    assert index.keys == ["k0", "k1", "k2"]
+    for i in range(3):
+        member = index.members(i)["jpg"]
+        assert content[member.offset : member.offset + member.size] == jpeg(i, width=20 + i, height=10)
+        assert index.images(i).tolist() == [[20 + i, 10]]
+        assert index.caption_lengths[i] == len(ANSWER)
+    assert index.num_bytes == len(content)
+
+
+def test_index_file_reads_back_equal_and_has_the_agreed_lines(tmp_path):
+    index = build_shard_index(make_tar(tmp_path / "a.tar"))
+    header, first, *_ = map(json.loads, index.to_bytes().splitlines())
+    assert header == {
+        "format": "qwenvl-dist-index",
+        "version": 1,
+        "shard": "a.tar",
+        "bytes": index.num_bytes,
+        "samples": 3,
+    }
+    member = index.members(0)["jpg"]
+    assert first["members"]["jpg"] == [member.offset, member.size, f"{member.crc32:08x}"]
+    assert first["images"] == [[20, 10]]
+    assert parse_shard_index(index.to_bytes(), "a").to_bytes() == index.to_bytes()
+
+
+def test_long_names_of_foreign_tars_are_indexed(tmp_path):
+    for number, form in enumerate([tarfile.GNU_FORMAT, tarfile.PAX_FORMAT]):
+        path = tmp_path / f"{number}.tar"
+        key = "deep/" * 40 + "é" * 90
+        with tarfile.open(path, "w", format=form) as tar:
+            add(tar, f"{key}.jpg", jpeg(1))
+        index = build_shard_index(path)
+        assert index.keys == [key]
+        assert ShardReader(path, index).read(0).images == [jpeg(1)]
+
+
+def test_an_empty_tar_has_an_empty_index(tmp_path):
+    tarfile.open(tmp_path / "a.tar", "w").close()
+    index = build_shard_index(tmp_path / "a.tar")
+    assert len(index) == 0
+    assert len(parse_shard_index(index.to_bytes(), "a")) == 0
+
+
+@pytest.mark.parametrize(
+    ("name", "fields", "reason"),
+    [
+        ("/etc/x.jpg", {}, "unsafe name"),
+        ("../x.jpg", {}, "unsafe name"),
+        ("a/../x.jpg", {}, "unsafe name"),
+        ("x.jpg", {"type": tarfile.SYMTYPE, "linkname": "/etc/passwd", "size": 0}, "link"),
+        ("x.jpg", {"type": tarfile.LNKTYPE, "linkname": "y.jpg", "size": 0}, "link"),
+        ("x.jpg", {"type": tarfile.CHRTYPE, "size": 0}, "device"),
+        ("x.jpg", {"type": tarfile.FIFOTYPE, "size": 0}, "device"),
+    ],
+)
+def test_unsafe_members_are_refused(tmp_path, name, fields, reason):
+    with tarfile.open(tmp_path / "a.tar", "w") as tar:
+        add(tar, "k0.jpg")
+        add(tar, name, b"", **fields)
+    with pytest.raises(UserError, match=reason):
+        build_shard_index(tmp_path / "a.tar")
+
+
+def test_damaged_tars_are_refused_instead_of_cut_short(tmp_path):
+    content = make_tar(tmp_path / "a.tar").read_bytes()
+    second = build_shard_index(tmp_path / "a.tar").members(1)["jpg"].offset - 512
+    damaged = {
+        "header": content[:second] + b"?" + content[second + 1 :],
+        "truncated": content[: second + 700],
+        "no end mark": content[:second],
+        "page": b"<html>not found</html>",
+        "empty": b"",
+    }
+    for name, data in damaged.items():
+        (tmp_path / name).write_bytes(data)
+        with pytest.raises(UserError, match=name.split()[0] if name == "truncated" else "restore it"):
+            build_shard_index(tmp_path / name)
+
+
+def test_a_member_twice_is_refused(tmp_path):
+    with tarfile.open(tmp_path / "a.tar", "w") as tar:
+        add(tar, "k0.jpg")
+        add(tar, "k0.jpg")
+    with pytest.raises(UserError, match=r"k0\.jpg twice"):
+        build_shard_index(tmp_path / "a.tar")
+
+
+def test_a_flipped_byte_in_an_index_never_surprises(tmp_path):
+    """It reads as an index, whose checksums then fail, or as a clear error."""
+    intact = build_shard_index(make_tar(tmp_path / "a.tar")).to_bytes()
+    for position in range(len(intact)):
+        content = bytearray(intact)
+        content[position] ^= 0x10
+        with suppress(UserError):
+            reader = ShardReader(tmp_path / "a.tar", parse_shard_index(bytes(content), "a"))
+            for i in range(len(reader)):
+                with suppress(BadSample):
+                    reader.read(i)
+
+
+def test_images_come_in_the_order_of_their_numbers():
+    assert image_members(["10.jpg", "2.png", "json", "0.webp", "seg.png"]) == ["0.webp", "2.png", "10.jpg"]
+    assert image_members(["json", "jpg"]) == ["jpg"]
+
+
+@pytest.mark.parametrize(("kind", "extension"), [("JPEG", "jpg"), ("PNG", "png"), ("WEBP", "webp")])
+def test_probe_goes_by_content(kind, extension):
+    assert probe_image(jpeg(0, width=31, height=17, kind=kind)) == (extension, 31, 17)
+
+
+@pytest.mark.parametrize("data", [b"", b"text", jpeg(0)[:20], jpeg(0, kind="BMP"), jpeg(0, kind="PNG")[:20]])
+def test_probe_refuses_what_is_no_picture_for_a_shard(data):
+    with pytest.raises(ValueError, match=r"picture|empty"):
+        probe_image(data)
+
+
+@pytest.fixture
+def reader(tmp_path) -> ShardReader:
+    tar = make_tar(tmp_path / "a.tar")
+    return ShardReader(tar, build_shard_index(tar))
+
+
+def test_reader_gives_the_bytes(reader):
+    sample = reader.read(2)
+    assert (sample.key, sample.images) == ("k2", [jpeg(2, width=22, height=10)])
+    assert json.loads(sample.json)["messages"] == caption_messages("p", ANSWER)
+
+
+def test_reader_names_what_is_wrong_and_reads_the_neighbours(reader):
+    member = reader.index.members(1)["jpg"]
+    with reader.tar.open("r+b") as file:
+        file.seek(member.offset + 5)
+        file.write(b"\0\0")
+    with pytest.raises(BadSample, match=r"a\.tar: k1: jpg: checksum differs"):
+        reader.read(1)
+    assert reader.read(0).key == "k0"
+    assert reader.read(2).key == "k2"
+    os.truncate(reader.tar, reader.index.members(2)["jpg"].offset + 10)
+    with pytest.raises(BadSample, match=r"k2: jpg: truncated, 10 of \d+ bytes"):
+        reader.read(2)
+
+
+def test_reader_of_a_missing_shard_names_the_sample(reader):
+    reader.tar.unlink()
+    with pytest.raises(BadSample, match="k1: missing shard file"):
+        reader.read(1)
+
+
+def test_reader_survives_pickling_forks_and_threads(reader):
+    expected = [reader.read(i).members for i in range(3)]
+    assert [pickle.loads(pickle.dumps(reader)).read(i).members for i in range(3)] == expected
+    error = pickle.loads(pickle.dumps(BadSample("s", "k", "r")))
+    assert (error.shard, error.key, error.reason) == ("s", "k", "r")
+
+    child = os.fork()
+    if child == 0:
+        os._exit(0 if [reader.read(i).members for i in range(3)] == expected else 1)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+
+    reader.close()
+    with ThreadPoolExecutor(8) as pool:
+        results = list(pool.map(lambda n: reader.read(n % 3).members, range(300)))
+    assert results == [expected[n % 3] for n in range(300)]
+
+
+def manifest(name: str = "a.tar", sha256: str = "0" * 64) -> Manifest:
+    return Manifest([ShardEntry(name, 10240, sha256, "1" * 64, 3)], {"source": "coco"})
+
+
+def test_manifest_reads_back_equal(tmp_path):
+    manifest().write(tmp_path)
+    loaded = Manifest.load(tmp_path)
+    assert loaded == manifest()
+    assert (loaded.samples, loaded.shard_sizes.tolist()) == (3, [3])
+    assert [path.name for path in tmp_path.iterdir()] == ["manifest.json"]
+
+
+def test_fingerprint_is_pinned_and_follows_the_content():
+    assert manifest().fingerprint == "1bb8c48e0228c4c886fd4c34c854c6760eba0a2a76f40056d9fbb542f74388ec"
+    assert manifest(sha256="2" * 64).fingerprint != manifest().fingerprint
+    assert manifest(name="b.tar").fingerprint != manifest().fingerprint
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"format": "other"}, "another folder"),
+        ({"version": 2}, "version 2"),
+        ({"samples": 4}, "do not fit"),
+        ({"fingerprint": "x"}, "do not fit"),
+        ({"shards": None}, "damaged"),
+        (
+            {"shards": [{"name": "../a.tar", "bytes": 1, "sha256": "", "index_sha256": "", "samples": 1}]},
+            "plain file",
+        ),
+    ],
+)
+def test_a_manifest_that_is_none_is_refused(tmp_path, change, words):
+    (tmp_path / "manifest.json").write_text(json.dumps({**manifest().to_json(), **change}))
+    with pytest.raises(UserError, match=words):
+        Manifest.load(tmp_path)
+
+
+def test_a_folder_without_manifest_is_refused(tmp_path):
+    with pytest.raises(UserError, match=r"holds no manifest\.json"):
+        Manifest.load(tmp_path)
+    with pytest.raises(UserError, match="no such folder"):
+        Manifest.load(tmp_path / "nowhere")

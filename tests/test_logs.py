@@ -1,0 +1,43 @@
+import pytest
+
+from qwenvl_dist import logs
+from qwenvl_dist.logs import get_logger, progress
+
+
+@pytest.mark.parametrize(
+    ("rank", "expected"),
+    [
+        (None, "hello\nwarning: careful\n"),
+        ("0", "hello\nwarning: careful\n"),
+        ("3", "[rank 3] warning: careful\n"),
+    ],
+)
+def test_infos_come_from_rank_0_and_warnings_name_the_others(monkeypatch, capsys, rank, expected):
+    monkeypatch.delenv("RANK", raising=False)
+    if rank is not None:
+        monkeypatch.setenv("RANK", rank)
+    log = get_logger("qwenvl_dist.somewhere")
+    log.info("hello")
+    log.warning("careful")
+    assert capsys.readouterr() == ("", expected)
+
+
+def test_progress_prints_plain_lines_when_stderr_is_no_terminal(monkeypatch, capsys):
+    now = [0.0]
+    monkeypatch.setattr(logs.time, "monotonic", lambda: now[0])
+    with progress(total=30, description="pack") as bar:
+        for _ in range(30):
+            now[0] += 0.5
+            bar.advance()
+    assert capsys.readouterr().err == "pack: 20/30 in 10.0 s, 2.0/s\npack: 30/30 in 15.0 s, 2.0/s\n"
+
+
+def test_progress_loops_over_an_iterable(capsys):
+    assert list(progress([1, 2, 3], description="read")) == [1, 2, 3]
+    assert capsys.readouterr().err.startswith("read: 3/3 in ")
+
+
+def test_only_rank_0_shows_progress(monkeypatch, capsys):
+    monkeypatch.setenv("RANK", "1")
+    list(progress([1], description="read"))
+    assert capsys.readouterr().err == ""
