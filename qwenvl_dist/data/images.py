@@ -10,6 +10,7 @@ import io
 import math
 import warnings
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import simplejpeg
@@ -17,6 +18,11 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image, UnidentifiedImageError
 from torch.nn.functional import interpolate
+
+from qwenvl_dist.errors import UserError
+
+if TYPE_CHECKING:
+    from qwenvl_dist.config import PixelRange
 
 MAX_ASPECT_RATIO = 200  # qwen_vl_utils.vision_process.MAX_RATIO
 
@@ -55,6 +61,17 @@ class ImageSizeRule:
             rounded_h = math.ceil(height * grow / factor) * factor
             rounded_w = math.ceil(width * grow / factor) * factor
         return rounded_h, rounded_w
+
+    @classmethod
+    def of(cls, image_size: int | PixelRange, processor: Any, name: str = "data.image_size") -> ImageSizeRule:
+        """Return the rule of `image_size` in this model's units. Raises UserError, by `name`, where they do not fit."""
+        image = processor.image_processor
+        factor = image.patch_size * image.merge_size
+        if not isinstance(image_size, int):
+            return cls(None, image_size.min_pixels, image_size.max_pixels, factor)
+        if image_size % factor:
+            raise UserError(f"{name} = {image_size}: this model needs a multiple of {factor} pixels")
+        return cls(side=image_size, factor=factor)
 
 
 def to_rgb(image: Image.Image) -> Image.Image:

@@ -29,21 +29,9 @@ if TYPE_CHECKING:
     from accelerate import Accelerator
     from torch import nn
 
-    from qwenvl_dist.config import DataConfig, Recipe
+    from qwenvl_dist.config import Recipe
 
 log = get_logger(__name__)
-
-
-def size_rule(data: DataConfig, processor: Any) -> ImageSizeRule:
-    """Return the recipe's rule for picture sizes, in this model's units. Raises UserError where they do not fit."""
-    image = processor.image_processor
-    factor = image.patch_size * image.merge_size
-    size = data.image_size
-    if not isinstance(size, int):
-        return ImageSizeRule(None, size.min_pixels, size.max_pixels, factor)
-    if size % factor:
-        raise UserError(f"data.image_size = {size}: this model needs a multiple of {factor} pixels")
-    return ImageSizeRule(side=size, factor=factor)
 
 
 def build_model(recipe: Recipe, base: Path, processor: Any) -> nn.Module:
@@ -65,7 +53,8 @@ def open_streams(
 ) -> tuple[CaptionStream, CaptionStream | None, DataIdentity]:
     """Return the training stream, the validation stream and what identifies the data."""
     data, train_config = recipe.data, recipe.train
-    encoder = SampleEncoder(processor, size_rule(data, processor), data.max_length, data.resize == "exact")
+    rule = ImageSizeRule.of(data.image_size, processor)
+    encoder = SampleEncoder(processor, rule, data.max_length, data.resize == "exact")
     shards = ShardSet(data.train)
     plan = RunPlan(
         shards.manifest.shard_sizes, seed=data.seed, window=data.shuffle_window, epochs=train_config.epochs

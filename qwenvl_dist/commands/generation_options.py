@@ -1,0 +1,109 @@
+"""The options that `predict` and `evaluate` share, and how both print. Imports nothing heavy."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from qwenvl_dist.errors import UserError
+
+if TYPE_CHECKING:
+    from qwenvl_dist.config import PixelRange
+    from qwenvl_dist.evaluate.compare import Comparison
+    from qwenvl_dist.evaluate.generate import Captioner
+
+
+def add_to(parser: argparse.ArgumentParser) -> None:
+    """Add the options."""
+    parser.add_argument(
+        "--adapter", metavar="DIR", type=Path, help="peft folder, as `merge --adapter-out` writes it"
+    )
+    parser.add_argument("--max-new-tokens", metavar="N", type=int, default=128, help="(default: 128)")
+    parser.add_argument(
+        "--batch-size", metavar="N", type=int, default=8, help="pictures at a time (default: 8)"
+    )
+    parser.add_argument(
+        "--dtype", choices=("bfloat16", "float32"), help="(default: bfloat16 on a GPU, else float32)"
+    )
+    parser.add_argument(
+        "--image-size",
+        metavar="SIDE|MIN,MAX",
+        help="pixels a side, or the least and most pixels of an area with the aspect ratio kept "
+        "(default: as in training)",
+    )
+    parser.add_argument(
+        "--json", action="store_true", help="print one JSON object on the last line of stdout"
+    )
+
+
+def check(args: argparse.Namespace) -> None:
+    """Raise UserError for a number that makes no sense."""
+    for name in ("max_new_tokens", "batch_size", "limit"):
+        value = getattr(args, name, None)
+        if value is not None and value < 1:
+            raise UserError(f"--{name.replace('_', '-')} {value}: must be at least 1")
+    if getattr(args, "workers", 0) < 0:
+        raise UserError(f"--workers {args.workers}: must be at least 0")
+    if args.image_size is not None:
+        parse_image_size(args.image_size)
+
+
+def parse_image_size(text: str) -> int | PixelRange:
+    """Return the size that `--image-size` names: `280`, or `3136,1003520`."""
+    from pydantic import ValidationError
+
+    from qwenvl_dist.config import DataConfig
+
+    form = f"--image-size {text}: must be a side such as 280, or two areas such as 3136,1003520 (pixels)"
+    parts = text.split(",")
+    try:
+        numbers = [int(part) for part in parts]
+    except ValueError:
+        raise UserError(form) from None
+    if len(numbers) > 2:
+        raise UserError(form)
+    size: Any = numbers[0] if len(numbers) == 1 else {"min_pixels": numbers[0], "max_pixels": numbers[1]}
+    try:
+        return DataConfig(image_size=size).image_size
+    except ValidationError as error:
+        branch = "int" if len(numbers) == 1 else "PixelRange"
+        fault = next(
+            (f for f in error.errors() if branch in f["loc"] or f["type"] == "value_error"), error.errors()[0]
+        )
+        raise UserError(f"--image-size {text}: {fault['msg'].removeprefix('Value error, ')}") from None
+
+
+def load(args: argparse.Namespace, **more: Any) -> Captioner:
+    """Load the model that the arguments name."""
+    from qwenvl_dist.evaluate.generate import load_captioner
+
+    size = None if args.image_size is None else parse_image_size(args.image_size)
+    return load_captioner(args.model, args.adapter, dtype=args.dtype, image_size=size, **more)
+
+
+def say(text: str, as_json: bool) -> None:
+    """Print a line for people: stdout belongs to the JSON object when one is asked for."""
+    print(text, file=sys.stderr if as_json else sys.stdout)
+
+
+def print_table(rows: Sequence[Comparison], title: str, as_json: bool) -> None:
+    """Print captions side by side."""
+    from rich.console import Console
+
+    from qwenvl_dist.evaluate.compare import comparison_table
+
+    Console(file=sys.stderr if as_json else sys.stdout).print(comparison_table(rows, title))
+
+
+def print_numbers(numbers: dict[str, Any], as_json: bool) -> None:
+    """Print numbers by name, a line each, or as the JSON object."""
+    if as_json:
+        sys.stderr.flush()
+        print(json.dumps(numbers))
+        return
+    for name, value in numbers.items():
+        print(f"{name}: {value:.4f}" if isinstance(value, float) else f"{name}: {value}")

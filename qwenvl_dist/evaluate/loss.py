@@ -1,0 +1,29 @@
+"""The loss over packed shards: the same number as a validation pass in training, in one process."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from qwenvl_dist.data.stream import CaptionStream
+    from qwenvl_dist.model.forward import Qwen2VLForCaptionLoss
+
+
+@torch.inference_mode()
+def mean_token_loss(
+    model: Qwen2VLForCaptionLoss, stream: CaptionStream, advance: Callable[[int], None] = lambda n: None
+) -> float:
+    """Return the mean loss over all target tokens of the stream; NaN when there is none."""
+    device = next(model.parameters()).device
+    total = torch.zeros((), dtype=torch.float64, device=device)
+    tokens = 0
+    for step in stream.iterate():
+        for batch in step:
+            total += model(batch=batch.to(device))
+            tokens += batch.target_tokens
+            advance(len(batch.keys) + len(batch.bad))
+    return total.item() / tokens if tokens else float("nan")
