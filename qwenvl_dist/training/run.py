@@ -12,7 +12,7 @@ from qwenvl_dist.data.images import ImageSizeRule
 from qwenvl_dist.data.plan import RunPlan, StepLayout
 from qwenvl_dist.data.source import ShardSet
 from qwenvl_dist.data.stream import CaptionStream, SampleEncoder
-from qwenvl_dist.distributed import HostGroup, Topology, deepspeed_config, start
+from qwenvl_dist.distributed import HostGroup, Topology, start
 from qwenvl_dist.errors import UserError
 from qwenvl_dist.logs import get_logger
 from qwenvl_dist.model.load import load_model, load_processor, resolve_base
@@ -105,7 +105,7 @@ def assemble(
     trained = trainable_parameters(model)
     count = sum(getattr(p, "ds_numel", p.numel()) for p in trained.values())
     log.info("training %.3f M parameters in %d tensors", count / 1e6, len(trained))
-    optimizer = make_optimizer(model, recipe.optim, deepspeed_config(recipe))
+    optimizer = make_optimizer(model, recipe.optim, accelerator.deepspeed_plugin.deepspeed_config)
     engine, optimizer = accelerator.prepare(model, optimizer)
     total = batches.plan.total_samples
     if recipe.train.max_steps is not None:
