@@ -105,8 +105,12 @@ def adapter(out: Path, step: int) -> dict[str, torch.Tensor]:
     return {name: checkpoint.fp32(name) for name in checkpoint.shapes}
 
 
-def assert_same_adapter(left: dict[str, torch.Tensor], right: dict[str, torch.Tensor], tolerance: float) -> None:
+def assert_same_adapter(
+    left: dict[str, torch.Tensor], right: dict[str, torch.Tensor], tolerance: float
+) -> None:
     """Compare two adapters tensor by tensor."""
     assert set(left) == set(right)
     for name, tensor in left.items():
-        torch.testing.assert_close(right[name], tensor, rtol=tolerance, atol=tolerance, msg=lambda m, n=name: f"{n}: {m}")
+        torch.testing.assert_close(
+            right[name], tensor, rtol=tolerance, atol=tolerance, msg=lambda m, n=name: f"{n}: {m}"
+        )

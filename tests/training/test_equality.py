@@ -34,7 +34,12 @@ def runs(tmp_path_factory, scenes_base: Path, scene_shards: Path):
         if not out.exists():
             world, accumulation, stage = SPLITS[name]
             recipe = write_recipe(
-                folder / f"{name}.yaml", scenes_base, scene_shards, out, stage, train={"grad_accum_steps": accumulation}
+                folder / f"{name}.yaml",
+                scenes_base,
+                scene_shards,
+                out,
+                stage,
+                train={"grad_accum_steps": accumulation},
             )
             train(recipe, world)
         return out
@@ -67,19 +72,36 @@ def test_losses_fall(runs) -> None:
     ],
 )
 def test_a_killed_run_goes_on_as_if_nothing_had_happened(
-    runs, tmp_path: Path, scenes_base: Path, scene_shards: Path, killed: str, world: int, accumulation: int, stage: int
+    runs,
+    tmp_path: Path,
+    scenes_base: Path,
+    scene_shards: Path,
+    killed: str,
+    world: int,
+    accumulation: int,
+    stage: int,
 ) -> None:
     straight = runs("one-rank-zero2")
     old_world, old_accumulation, old_stage = SPLITS[killed]
     out = tmp_path / "run"
     first = write_recipe(
-        tmp_path / "first.yaml", scenes_base, scene_shards, out, old_stage, train={"grad_accum_steps": old_accumulation}
+        tmp_path / "first.yaml",
+        scenes_base,
+        scene_shards,
+        out,
+        old_stage,
+        train={"grad_accum_steps": old_accumulation},
     )
     with pytest.raises(AssertionError, match="-9"):
         train(first, old_world, kill_at_step=4, kill_rank=0)
     assert not (out / "checkpoints" / "step-00000006").exists()
     second = write_recipe(
-        tmp_path / "second.yaml", scenes_base, scene_shards, out, stage, train={"grad_accum_steps": accumulation}
+        tmp_path / "second.yaml",
+        scenes_base,
+        scene_shards,
+        out,
+        stage,
+        train={"grad_accum_steps": accumulation},
     )
     train(second, world)
     assert ledger(out) == ledger(straight)
