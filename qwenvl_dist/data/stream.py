@@ -116,9 +116,7 @@ class CaptionStream:
         pipeline = DataPipeline(
             source,
             filters.map(self.encoder, handler=handlers.reraise_exception),
-            filters.batched(
-                self.layout.micro_batch_size, collation_fn=_Collate(self.encoder), partial=False
-            ),
+            filters.batched(self.layout.micro_batch_size, collation_fn=_Collate(self.encoder), partial=False),
         )
         loader = DataLoader(
             pipeline,

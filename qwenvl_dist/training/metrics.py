@@ -8,11 +8,11 @@ import sys
 import time
 from collections import defaultdict
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Self
 
 import torch
 
-from qwenvl_dist.logs import get_logger
+from qwenvl_dist.logs import get_logger, progress
 
 if TYPE_CHECKING:
     from qwenvl_dist.training.history import RunHistory
@@ -40,8 +40,22 @@ class Metrics:
 
     def __init__(self, state: TrainState, history: RunHistory) -> None:
         self.state, self.history = state, history
-        self._live = state.topology.is_main and sys.stderr.isatty()
+        self._bar: progress | None = None
         self._reset()
+
+    def __enter__(self) -> Self:
+        """Show a bar where rank 0 has a terminal; elsewhere the logged lines are enough."""
+        state = self.state
+        if state.topology.is_main and sys.stderr.isatty():
+            left = state.batches.layout.steps(state.total_samples - state.progress.consumed)
+            self._bar = progress(total=state.progress.step + left, description="train").__enter__()
+            self._bar.advance(state.progress.step)
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        """Take the bar away."""
+        if self._bar:
+            self._bar.__exit__(*exc_info)
 
     def _reset(self) -> None:
         self._seconds: dict[str, float] = defaultdict(float)
@@ -63,6 +77,8 @@ class Metrics:
         self._target_tokens += result.target_tokens
         self._samples += result.samples
         self._steps += 1
+        if self._bar:
+            self._bar.advance()
 
     def log_step(self, rate: float) -> dict[str, Any]:
         """Write one line about the steps since the last one: means of loss and speed, maxima over ranks. Collective."""

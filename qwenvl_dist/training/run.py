@@ -162,7 +162,8 @@ def run_training(recipe: Recipe) -> None:
         if state.finished:
             log.info("nothing to do: step %d is the last; raise train.epochs to go on", state.progress.step)
         else:
-            train(state, checkpoints, metrics, history, stop)
+            with metrics:
+                train(state, checkpoints, metrics, history, stop)
             log.info("finished: step %d, checkpoints in %s", state.progress.step, checkpoints.folder)
     finally:
         history.sync()

@@ -1,0 +1,59 @@
+"""Commands and keys in the documents are those of the program."""
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+
+from qwenvl_dist.__main__ import build_parser
+from qwenvl_dist.config import Recipe
+from tests.ranks import ROOT
+
+DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), *sorted(ROOT.glob("*/README.md"))]
+
+
+def commands(path: Path) -> list[str]:
+    """Return the command lines of a document's bash blocks, continuation lines joined."""
+    blocks = re.findall(r"```bash\n(.*?)```", path.read_text(), flags=re.DOTALL)
+    lines = "\n".join(blocks).replace("\\\n", " ").splitlines()
+    return [line.strip() for line in lines if line.strip() and not line.lstrip().startswith("#")]
+
+
+ALL = [(path, line) for path in DOCUMENTS for line in commands(path)]
+
+
+@pytest.mark.parametrize(("path", "line"), ALL, ids=[line[:60] for _, line in ALL])
+def test_a_documented_command_is_understood(path: Path, line: str) -> None:
+    words = shlex.split(line, comments=True)
+    if words[0] == "bash":
+        assert (ROOT / words[1]).is_file()
+        return
+    if words[0] == "accelerate":
+        from accelerate.commands.launch import launch_command_parser
+
+        launched = launch_command_parser().parse_args(words[2:])
+        assert (ROOT / launched.config_file).is_file()
+        assert (launched.module, launched.training_script) == (True, "qwenvl_dist")
+        words = ["qwenvl-dist", *launched.training_script_args]
+    assert words[0] == "qwenvl-dist"
+    args = build_parser().parse_args(words[1:])
+    if hasattr(args, "recipe"):
+        assert (ROOT / args.recipe).is_file()
+
+
+def test_every_recipe_key_is_documented() -> None:
+    text = (ROOT / "docs" / "recipes.md").read_text()
+    documented = set(re.findall(r"`([a-z_]+\.[a-z_]+)`", text))
+    keys = set()
+    for section, field in Recipe.model_fields.items():
+        default = getattr(Recipe.model_fields[section], "default", None)
+        assert default is not None, field
+        keys |= {f"{section}.{key}" for key in type(default).model_fields}
+    assert keys == documented
+
+
+def test_links_in_documents_lead_somewhere() -> None:
+    for path in DOCUMENTS:
+        for target in re.findall(r"\]\(([^)#:]+)\)", path.read_text()):
+            assert (path.parent / target).exists(), f"{path.name} links to {target}"
