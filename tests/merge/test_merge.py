@@ -142,7 +142,10 @@ def test_one_rounding_to_the_output_type(bases, steps, tmp_path: Path) -> None:
     base = BaseFolder(bases["bf16"])
     merge(trained, base, tmp_path / "kept", verify=True)
     merge(trained, base, tmp_path / "wide", dtype="float32", verify=True)
-    kept, wide = load_file(tmp_path / "kept/model.safetensors"), load_file(tmp_path / "wide/model.safetensors")
+    kept, wide = (
+        load_file(tmp_path / "kept/model.safetensors"),
+        load_file(tmp_path / "wide/model.safetensors"),
+    )
     assert {tensor.dtype for tensor in kept.values()} == {torch.bfloat16}
     assert {tensor.dtype for tensor in wide.values()} == {torch.float32}
     assert all(torch.equal(wide[name].bfloat16(), kept[name]) for name in kept)
@@ -331,8 +334,25 @@ sys.exit(args.run(args))
 @pytest.mark.dist
 def test_command_prints_the_contract_json(bases, steps, tmp_path: Path) -> None:
     process = subprocess.run(
-        [sys.executable, "-c", COMMAND, "merge", str(steps / "lora-stage3"), "--base", str(bases["tied"])]
-        + ["--out", str(tmp_path / "out"), "--adapter-out", str(tmp_path / "adapter"), "--verify", "--json"],
+        [
+            *(
+                sys.executable,
+                "-c",
+                COMMAND,
+                "merge",
+                str(steps / "lora-stage3"),
+                "--base",
+                str(bases["tied"]),
+            ),
+            *(
+                "--out",
+                str(tmp_path / "out"),
+                "--adapter-out",
+                str(tmp_path / "adapter"),
+                "--verify",
+                "--json",
+            ),
+        ],
         capture_output=True,
         text=True,
         timeout=120,
@@ -351,8 +371,8 @@ from pathlib import Path
 from qwenvl_dist.merge import merge as module
 from qwenvl_dist.merge.trained import read_trained
 from qwenvl_dist.model.base_folder import BaseFolder
-write = module._write_merged
-module._write_merged = lambda *a: (write(*a), print("wrote", flush=True), time.sleep(60))
+write = module._write_tensor
+module._write_tensor = lambda *a: (write(*a), print("wrote", flush=True), time.sleep(5))
 module.merge(read_trained(Path(sys.argv[1])), BaseFolder(sys.argv[2]), Path(sys.argv[3]))
 """
 
@@ -361,12 +381,19 @@ module.merge(read_trained(Path(sys.argv[1])), BaseFolder(sys.argv[2]), Path(sys.
 @pytest.mark.parametrize("how", (signal.SIGKILL, signal.SIGINT))
 def test_killed_merge_leaves_no_output_and_the_next_one_works(bases, steps, tmp_path: Path, how) -> None:
     process = subprocess.Popen(
-        [sys.executable, "-c", SLOW_MERGE, str(steps / "lora-stage2"), str(bases["tied"]), str(tmp_path / "out")],
+        [
+            sys.executable,
+            "-c",
+            SLOW_MERGE,
+            str(steps / "lora-stage2"),
+            str(bases["tied"]),
+            str(tmp_path / "out"),
+        ],
         stdout=subprocess.PIPE,
         stderr=subprocess.DEVNULL,
         text=True,
     )
-    assert process.stdout and process.stdout.readline() == "wrote\n"
+    assert process.stdout and "wrote" in process.stdout.readline()
     trained, base = read_trained(steps / "lora-stage2"), BaseFolder(bases["tied"])
     with pytest.raises(UserError, match="is running"):
         merge(trained, base, tmp_path / "out")
@@ -396,7 +423,11 @@ def test_written_header_is_read_by_safetensors(tmp_path: Path) -> None:
     header = write_header({"a": ("F32", (2, 3)), "b": ("BF16", ()), "c": ("I64", (0, 2))}, {"format": "pt"})
     (tmp_path / "x.safetensors").write_bytes(header + bytes(26))
     tensors = load_file(tmp_path / "x.safetensors")
-    assert {name: tuple(tensor.shape) for name, tensor in tensors.items()} == {"a": (2, 3), "b": (), "c": (0, 2)}
+    assert {name: tuple(tensor.shape) for name, tensor in tensors.items()} == {
+        "a": (2, 3),
+        "b": (),
+        "c": (0, 2),
+    }
 
 
 def test_base_folder_imports_no_torch() -> None:
