@@ -87,14 +87,16 @@ def run(args: argparse.Namespace) -> int:
     if args.out is not None:
         print(
             f"{args.out}: {result['merged']} of {result['tensors']} tensors merged from {folder}, "
-            f"{result['bytes'] / 1e9:.2f} GB in {result['seconds']:.1f} s, peak memory {result['peak_rss_gib']:.2f} GiB",
+            f"{result['bytes'] / 1e9:.2f} GB in {result['seconds']:.1f} s, "
+            f"peak memory {result['peak_rss_gib']:.2f} GiB",
             file=sys.stderr,
         )
         if "verified" in result:
             counts = result["verified"]
             print(
-                f"verified: {counts['byte_equal']} tensors byte-equal to the base, {counts['recomputed']} merged ones "
-                f"equal to a second computation, {counts['converted']} converted",
+                f"verified: {counts['byte_equal']} tensors byte-equal to the base, "
+                f"{counts['recomputed']} merged ones equal to a second computation, "
+                f"{counts['converted']} converted",
                 file=sys.stderr,
             )
     if args.adapter_out is not None:

@@ -20,9 +20,9 @@ _TENSOR_NAME = re.compile(r"(?P<module>.+)\.lora_(?P<side>[AB])(?:\.default)?\.w
 # What `W + scaling * B A` is right for: these keys it uses or need not know ...
 _KNOWN_KEYS = {
     "alpha_pattern", "auto_mapping", "base_model_name_or_path", "ensure_weight_tying", "exclude_modules",
-    "inference_mode", "init_lora_weights", "layers_pattern", "layers_to_transform", "lora_alpha", "lora_dropout",
-    "megatron_core", "peft_type", "peft_version", "qalora_group_size", "r", "rank_pattern", "revision",
-    "runtime_config", "target_modules", "task_type", "use_rslora",
+    "inference_mode", "init_lora_weights", "layers_pattern", "layers_to_transform", "lora_alpha",
+    "lora_dropout", "megatron_core", "peft_type", "peft_version", "qalora_group_size", "r", "rank_pattern",
+    "revision", "runtime_config", "target_modules", "task_type", "use_rslora",
 }  # fmt: skip
 # ... and every other key must say "nothing"; peft grows a new kind of adapter with every release
 _NOTHING: tuple[Any, ...] = (None, False, "none", {}, [])
@@ -62,7 +62,7 @@ class LoraConfig:
         if raw.get("init_lora_weights", True) not in _PLAIN_INITS:
             raise UserError(
                 f"{source}: init_lora_weights {raw['init_lora_weights']!r} changes the base weights too; "
-                "convert the adapter with peft (save_pretrained with path_initial_model_for_weight_conversion)"
+                "convert the adapter with peft (path_initial_model_for_weight_conversion of save_pretrained)"
             )
         for key, value in sorted(raw.items()):
             if key not in _KNOWN_KEYS and value not in _NOTHING:
@@ -105,7 +105,7 @@ def split_name(name: str) -> tuple[str, str] | None:
 
 
 def pair_up(tensors: dict[str, torch.Tensor], config: LoraConfig, source: Path) -> dict[str, LoraDelta]:
-    """Return the delta of each module (run-time name) from all LoRA tensors, every one of them used and sound.
+    """Return the delta of each module (run-time name) from all LoRA tensors, each used and sound.
 
     Raises:
         UserError: a tensor that is empty, not finite, alone, of the wrong shape, or named twice.
@@ -118,8 +118,8 @@ def pair_up(tensors: dict[str, torch.Tensor], config: LoraConfig, source: Path) 
         module, side = split
         if tensor.numel() == 0:
             raise UserError(
-                f"{source}: {name} has shape {list(tensor.shape)}: it was saved without gathering the partitions of "
-                "ZeRO-3; merge from the checkpoint's own partitions"
+                f"{source}: {name} has shape {list(tensor.shape)}: it was saved without gathering the "
+                "partitions of ZeRO-3; merge from the checkpoint's own partitions"
             )
         if not torch.isfinite(tensor).all():
             raise UserError(
@@ -135,7 +135,8 @@ def pair_up(tensors: dict[str, torch.Tensor], config: LoraConfig, source: Path) 
         a, b, rank = pair["A"], pair["B"], config.rank(module)
         if a.ndim != 2 or b.ndim != 2 or not a.shape[0] == b.shape[1] == rank:
             raise UserError(
-                f"{source}: {module} has lora_A {list(a.shape)} and lora_B {list(b.shape)}, the config says rank {rank}"
+                f"{source}: {module} has lora_A {list(a.shape)} and lora_B {list(b.shape)}, "
+                f"the config says rank {rank}"
             )
         deltas[module] = LoraDelta(a, b, config.scaling(module))
     if not deltas:

@@ -17,20 +17,23 @@ from qwenvl_dist.errors import UserError
 from qwenvl_dist.merge.adapter import write_peft_folder
 from qwenvl_dist.merge.apply_lora import (
     TensorPlan,
+    count_changed,
     make_plan,
     merged_rows,
     read_rows,
     round_rows,
     row_blocks,
+    sum_of_squares,
 )
+from qwenvl_dist.merge.parallel import for_each
 from qwenvl_dist.merge.safetensors_writer import SafetensorsWriter
 from qwenvl_dist.merge.trained import Trained
 from qwenvl_dist.merge.verify import Verified, verify_output
-from qwenvl_dist.model.base_folder import INDEX_FILE, BaseFolder, SafetensorsFile, write_header
+from qwenvl_dist.model.base_folder import DTYPE_BYTES, INDEX_FILE, BaseFolder, SafetensorsFile, write_header
 
 REPORT_FILE = "merge_report.json"
 DTYPES = {"bfloat16": "BF16", "float32": "F32"}
-# Files beside the weights, by what they are: of each kind the checkpoint's own are taken when it has one of it
+# Files beside the weights, by kind: of each the checkpoint's own are taken when it has one
 _TOKENIZER = {
     "tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "merges.txt",
     "special_tokens_map.json", "added_tokens.json",
@@ -118,8 +121,8 @@ def check_base(trained: Trained, base: BaseFolder) -> None:
     """Refuse a base that is not the one the checkpoint was trained on."""
     if trained.base_fingerprint and trained.base_fingerprint != base.fingerprint():
         raise UserError(
-            f"{base.path} is not the base that {trained.source} was trained on (its fingerprint differs); name that "
-            "base, or give --allow-other-base"
+            f"{base.path} is not the base that {trained.source} was trained on (its fingerprint differs); "
+            "name that base, or give --allow-other-base"
         )
 
 
@@ -149,8 +152,6 @@ def _data_bytes(file: SafetensorsFile, plans: dict[str, TensorPlan]) -> int:
 
 
 def _nbytes(plan: TensorPlan) -> int:
-    from qwenvl_dist.model.base_folder import DTYPE_BYTES
-
     return plan.entry.nbytes // DTYPE_BYTES[plan.entry.dtype] * DTYPE_BYTES[plan.dtype]
 
 
@@ -161,40 +162,41 @@ def _write_tensors(
     offset: int,
     advance: Callable[[int], None],
 ) -> list[dict[str, Any]]:
-    """Write all tensors of a file in the order of their data; return a line of the report for each merged one."""
-    modules = []
+    """Write all tensors of a file; return a line of the report for each merged one."""
+    places = []
+    for name in file.tensors:
+        places.append((plans[name], offset))
+        offset += _nbytes(plans[name])
     source = os.open(file.path, os.O_RDONLY)
     try:
-        for name, entry in file.tensors.items():
-            plan = plans[name]
-            if plan.copied:
-                writer.copy(source, entry.begin, offset, entry.nbytes)
-            elif plan.merged:
-                modules.append(_write_merged(plan, source, writer, offset))
-            else:
-                for begin, end in row_blocks(plan):
-                    rows = read_rows(source, entry, plan.columns, begin, end)
-                    offset_rows = offset + begin * plan.columns * (
-                        _nbytes(plan) // max(1, plan.rows * plan.columns)
-                    )
-                    writer.write(_bytes(round_rows(plan, rows)), offset_rows)
-            offset += _nbytes(plan)
-            advance(_nbytes(plan))
+        lines = for_each(
+            places,
+            lambda place: _write_tensor(place[0], source, writer, place[1]),
+            lambda place: advance(_nbytes(place[0])),
+        )
     finally:
         os.close(source)
-    return modules
+    return [line for line in lines if line is not None]
 
 
-def _write_merged(plan: TensorPlan, source: int, writer: SafetensorsWriter, offset: int) -> dict[str, Any]:
-    changed = 0
-    squared = 0.0
+def _write_tensor(
+    plan: TensorPlan, source: int, writer: SafetensorsWriter, offset: int
+) -> dict[str, Any] | None:
+    """Write one tensor from `offset` of the output on."""
+    if plan.copied:
+        writer.copy(source, plan.entry.begin, offset, plan.entry.nbytes)
+        return None
+    changed, squared = 0, 0.0
     for begin, end in row_blocks(plan):
         base_rows = read_rows(source, plan.entry, plan.columns, begin, end)
         rows = round_rows(plan, merged_rows(plan, base_rows, begin, end))
         writer.write(_bytes(rows), offset)
         offset += rows.numel() * rows.element_size()
-        changed += int((rows != base_rows).sum())
-        squared += float(torch.linalg.vector_norm(base_rows, dtype=torch.float32)) ** 2
+        if plan.merged:
+            changed += count_changed(base_rows, rows)
+            squared += sum_of_squares(base_rows)
+    if not plan.merged:
+        return None
     line: dict[str, Any] = {"name": plan.name, "shape": list(plan.entry.shape)}
     if plan.delta is not None:
         line["rank"] = plan.delta.lora_a.shape[0]
@@ -254,9 +256,10 @@ def _check_target(out: Path, size: int) -> None:
 
 @contextlib.contextmanager
 def _published_folder(out: Path) -> Iterator[Path]:
-    """Yield a new hidden folder beside `out`; it becomes `out` when the block ends well and is removed when not.
+    """Yield a new hidden folder beside `out`; it becomes `out` when the block ends well.
 
-    What a killed merge left there is removed first; a merge that still runs is not disturbed.
+    When not, it is removed. What a killed merge left there is removed first;
+    a merge that still runs is not disturbed.
     """
     partial = out.parent / f".{out.name}.partial"
     partial.mkdir(exist_ok=True)

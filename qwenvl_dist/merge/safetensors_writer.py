@@ -2,10 +2,9 @@
 
 import errno
 import os
+import threading
 from pathlib import Path
 from typing import Self
-
-from qwenvl_dist.model.base_folder import TensorEntry, read_header
 
 COPY_BYTES = 8 << 20
 _NO_KERNEL_COPY = {errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.EPERM, errno.EBADF}
@@ -13,6 +12,8 @@ _NO_KERNEL_COPY = {errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, er
 
 class SafetensorsWriter:
     """Context manager over one new file; leaving it without an error checks that every byte was written.
+
+    Threads may write and copy at the same time.
 
     Args:
         path: must not exist.
@@ -25,6 +26,7 @@ class SafetensorsWriter:
         self._header = header
         self._size = size
         self._descriptor = -1
+        self._lock = threading.Lock()
         self._kernel_copy = hasattr(os, "copy_file_range")
 
     def __enter__(self) -> Self:
@@ -47,11 +49,11 @@ class SafetensorsWriter:
     def write(self, data: memoryview | bytes, offset: int) -> None:
         """Put bytes at an offset of the file; every byte must be put exactly once."""
         self._write(data, offset)
-        self._written += len(data)
+        self._count(len(data))
 
     def copy(self, source: int, begin: int, offset: int, count: int) -> None:
         """Copy `count` bytes from offset `begin` of descriptor `source`, in the kernel where that works."""
-        self._written += count
+        self._count(count)
         while count and self._kernel_copy:
             try:
                 copied = os.copy_file_range(source, self._descriptor, count, begin, offset)
@@ -69,13 +71,12 @@ class SafetensorsWriter:
             self._write(data, offset)
             begin, offset, count = begin + len(data), offset + len(data), count - len(data)
 
+    def _count(self, count: int) -> None:
+        with self._lock:
+            self._written += count
+
     def _write(self, data: memoryview | bytes, offset: int) -> None:
         view = memoryview(data).cast("B")
         while view:
             count = os.pwrite(self._descriptor, view, offset)
             view, offset = view[count:], offset + count
-
-
-def entries_of(path: Path) -> dict[str, TensorEntry]:
-    """Return the tensors of a finished file, read back from its header."""
-    return read_header(path).tensors

@@ -28,7 +28,7 @@ _STEP_FOLDER = re.compile(r"step-(\d+)")
 
 @dataclass(frozen=True)
 class TrainedParameter:
-    """A base parameter that was trained itself; its float32 masters stay in the checkpoint until they are read."""
+    """A base parameter that was trained itself; its float32 masters stay in the checkpoint until read."""
 
     checkpoint: ZeroCheckpoint
     name: str  # in the checkpoint
@@ -56,7 +56,7 @@ class Trained:
 
 
 def find_checkpoint(path: Path) -> Path:
-    """Return the step or adapter folder that a path means: itself, or a run's best, else newest, checkpoint."""
+    """Return the step or adapter folder that a path means: itself, or a run's best, else newest, one."""
     if not path.is_dir():
         raise UserError(f"{path} is not a folder; name a step folder, a run folder or a peft adapter folder")
     if (path / MANIFEST).is_file() or (path / ADAPTER_CONFIG).is_file() or is_zero_checkpoint(path):

@@ -1,6 +1,7 @@
 """Read a merged folder again and prove it against the base and the checkpoint."""
 
 import os
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +17,7 @@ from qwenvl_dist.merge.apply_lora import (
     round_rows,
     row_blocks,
 )
+from qwenvl_dist.merge.parallel import for_each
 from qwenvl_dist.merge.safetensors_writer import COPY_BYTES
 from qwenvl_dist.model.base_folder import BaseFolder
 
@@ -24,9 +26,9 @@ from qwenvl_dist.model.base_folder import BaseFolder
 class Verified:
     """How many tensors were found right."""
 
-    byte_equal: int
-    recomputed: int
-    converted: int
+    byte_equal: int = 0
+    recomputed: int = 0
+    converted: int = 0
 
 
 def verify_output(
@@ -34,9 +36,9 @@ def verify_output(
 ) -> Verified:
     """Compare every tensor of `out`, read back through its own headers, with what it must be.
 
-    An untouched tensor has the base's bytes. A merged one equals, bit for bit, a second computation; its first block
-    also agrees with float64 arithmetic to the rounding of the output's type and the error bound of a float32 product
-    (Higham, Accuracy and Stability of Numerical Algorithms, section 3.5).
+    An untouched tensor has the base's bytes. A merged one equals a second computation bit for
+    bit; its first block also agrees with float64 arithmetic to the rounding of the output's type and the
+    error bound of a float32 product (Higham, Accuracy and Stability of Numerical Algorithms, section 3.5).
 
     Raises:
         CheckFailed: names the first tensor that differs.
@@ -44,26 +46,36 @@ def verify_output(
     written = BaseFolder(out)
     if list(written.tensors) != list(plans) or written.files.keys() != base.files.keys():
         raise CheckFailed(f"{out}: its tensor names or files are not those of {base.path}")
-    counts = {"byte_equal": 0, "recomputed": 0, "converted": 0}
+    counts: Counter[str] = Counter()
     for file in base.files:
         source = os.open(base.path / file, os.O_RDONLY)
         target = os.open(out / file, os.O_RDONLY)
         try:
-            for name in base.files[file].tensors:
-                plan, entry = plans[name], written.tensors[name]
-                if (entry.dtype, entry.shape) != (plan.dtype, plan.entry.shape):
-                    raise CheckFailed(f"{out}: {name} is {entry.dtype} {list(entry.shape)}")
-                if plan.copied:
-                    _compare_bytes(source, plan.entry.begin, target, entry.begin, entry.nbytes, name)
-                    counts["byte_equal"] += 1
-                else:
-                    _compare_values(plan, source, target, written)
-                    counts["recomputed" if plan.merged else "converted"] += 1
-                advance(entry.nbytes)
+            counts.update(
+                for_each(
+                    base.files[file].tensors,
+                    lambda name, source=source, target=target: _verify_tensor(
+                        plans[name], source, target, written
+                    ),
+                    lambda name: advance(written.tensors[name].nbytes),
+                )
+            )
         finally:
             os.close(source)
             os.close(target)
     return Verified(**counts)
+
+
+def _verify_tensor(plan: TensorPlan, source: int, target: int, written: BaseFolder) -> str:
+    """Compare one tensor; return in which way it was right."""
+    entry = written.tensors[plan.name]
+    if (entry.dtype, entry.shape) != (plan.dtype, plan.entry.shape):
+        raise CheckFailed(f"{written.path}: {plan.name} is {entry.dtype} {list(entry.shape)}")
+    if plan.copied:
+        _compare_bytes(source, plan.entry.begin, target, entry.begin, entry.nbytes, plan.name)
+        return "byte_equal"
+    _compare_values(plan, source, target, written)
+    return "recomputed" if plan.merged else "converted"
 
 
 def _compare_bytes(source: int, begin: int, target: int, offset: int, count: int, name: str) -> None:

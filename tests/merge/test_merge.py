@@ -334,8 +334,25 @@ sys.exit(args.run(args))
 @pytest.mark.dist
 def test_command_prints_the_contract_json(bases, steps, tmp_path: Path) -> None:
     process = subprocess.run(
-        [sys.executable, "-c", COMMAND, "merge", str(steps / "lora-stage3"), "--base", str(bases["tied"])]
-        + ["--out", str(tmp_path / "out"), "--adapter-out", str(tmp_path / "adapter"), "--verify", "--json"],
+        [
+            *(
+                sys.executable,
+                "-c",
+                COMMAND,
+                "merge",
+                str(steps / "lora-stage3"),
+                "--base",
+                str(bases["tied"]),
+            ),
+            *(
+                "--out",
+                str(tmp_path / "out"),
+                "--adapter-out",
+                str(tmp_path / "adapter"),
+                "--verify",
+                "--json",
+            ),
+        ],
         capture_output=True,
         text=True,
         timeout=120,
@@ -354,8 +371,8 @@ from pathlib import Path
 from qwenvl_dist.merge import merge as module
 from qwenvl_dist.merge.trained import read_trained
 from qwenvl_dist.model.base_folder import BaseFolder
-write = module._write_merged
-module._write_merged = lambda *a: (write(*a), print("wrote", flush=True), time.sleep(60))
+write = module._write_tensor
+module._write_tensor = lambda *a: (write(*a), print("wrote", flush=True), time.sleep(5))
 module.merge(read_trained(Path(sys.argv[1])), BaseFolder(sys.argv[2]), Path(sys.argv[3]))
 """
 
@@ -376,7 +393,7 @@ def test_killed_merge_leaves_no_output_and_the_next_one_works(bases, steps, tmp_
         stderr=subprocess.DEVNULL,
         text=True,
     )
-    assert process.stdout and process.stdout.readline() == "wrote\n"
+    assert process.stdout and "wrote" in process.stdout.readline()
     trained, base = read_trained(steps / "lora-stage2"), BaseFolder(bases["tied"])
     with pytest.raises(UserError, match="is running"):
         merge(trained, base, tmp_path / "out")

@@ -83,7 +83,7 @@ def load(folder: Path, dtype: torch.dtype = torch.float32) -> Any:
 
 
 def run_train(base: str, out: str, cases: dict[str, dict[str, Any]]) -> None:
-    """Train the base a little under each case; save as the training loop lays a step folder out. Collective."""
+    """Train the base a little under each case; save as the training loop does. Collective."""
     import deepspeed
 
     deepspeed.init_distributed("gloo")

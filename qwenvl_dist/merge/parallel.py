@@ -1,0 +1,39 @@
+"""Work on many tensors at once, in threads that each compute alone.
+
+Torch's own threads meet at a barrier after every small operation: with anything else on the machine, an
+operation of 0.2 ms takes 8 ms. One thread a tensor has no barriers; torch, reads and writes release the GIL.
+"""
+
+import os
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
+from typing import TypeVar
+
+import torch
+
+MAX_WORKERS = 8  # each holds a few row blocks
+
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+
+
+def for_each(
+    items: Iterable[Item], work: Callable[[Item], Result], done: Callable[[Item], None]
+) -> list[Result]:
+    """Return `[work(item) for item in items]`, computed in parallel; call `done(item)` here, in order.
+
+    The first exception cancels what has not begun and is raised.
+    """
+    workers = min(MAX_WORKERS, len(os.sched_getaffinity(0)))
+    results = []
+    with ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+        futures = [(item, pool.submit(work, item)) for item in items]
+        try:
+            for item, future in futures:
+                results.append(future.result())
+                done(item)
+        except BaseException:
+            pool.shutdown(wait=True, cancel_futures=True)
+            raise
+    return results
