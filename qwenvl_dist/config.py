@@ -7,8 +7,10 @@ offload, buckets) is never repeated here, and what stands here (batch sizes, cli
 
 from __future__ import annotations
 
+import difflib
 import json
 import re
+from collections.abc import Hashable
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -23,7 +25,14 @@ VISUAL_TOKEN_SIDE = 28  # pixels: patch_size 14 x spatial_merge_size 2, the same
 
 
 class _Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
+    # Strict: `rank: true` is no 1 and `rank: "8"` no 8.
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, validate_default=True, strict=True, allow_inf_nan=False
+    )
+
+
+_List = Field(strict=False)  # YAML has lists, the recipe keeps tuples
+Seed = Annotated[int, Field(ge=0, lt=2**63)]
 
 
 class ModelConfig(_Section):
@@ -36,9 +45,8 @@ class ModelConfig(_Section):
         "none"  # activation checkpointing of language layers: none | every_k | every_<n> | all
     )
     checkpointing_k: Annotated[int, Field(ge=2)] = 2  # the k of every_k
-    train: tuple[
-        Literal["vision", "merger", "language", "head"], ...
-    ] = ()  # parts trained fully, beside LoRA
+    # Parts trained fully, beside LoRA.
+    train: Annotated[tuple[Literal["vision", "merger", "language", "head"], ...], _List] = ()
 
     @field_validator("checkpointing")
     @classmethod
@@ -62,7 +70,7 @@ class LoraConfig(_Section):
     rank: Annotated[int, Field(ge=1)] = 8
     alpha: Annotated[float, Field(gt=0)] = 16
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.1
-    target_modules: tuple[str, ...] = PROJECTIONS
+    target_modules: Annotated[tuple[str, ...], _List] = PROJECTIONS
 
     @field_validator("target_modules")
     @classmethod
@@ -99,12 +107,21 @@ class DataConfig(_Section):
     max_length: Annotated[int, Field(ge=16)] = 8192  # tokens; only caption tokens are ever cut
     micro_batch_size: Annotated[int, Field(ge=1)] = 4  # samples in one forward pass of one rank
     workers: Annotated[int, Field(ge=0)] = 2  # loader processes per rank
-    seed: int = 0
+    seed: Seed = 0
     shuffle_window: Annotated[int, Field(ge=1)] = 64  # shards mixed at a time
     ledger: bool = False  # write the sample keys of every step
     bad_sample_budget: Annotated[float, Field(ge=0, le=1)] = (
         0.001  # share of the data set that may be unreadable
     )
+
+    @field_validator("image_size", mode="before")
+    @classmethod
+    def _side_or_range(cls, value: Any) -> Any:
+        if isinstance(value, bool) or not isinstance(value, (int, dict, PixelRange)):
+            raise ValueError(
+                "must be the side of a square in pixels, such as 280, or a section with min_pixels and max_pixels"
+            )
+        return value
 
     @field_validator("image_size")
     @classmethod
@@ -118,6 +135,9 @@ class DataConfig(_Section):
         return value
 
 
+_Beta = Annotated[float, Field(ge=0, lt=1)]
+
+
 class OptimConfig(_Section):
     """AdamW and its learning-rate schedule."""
 
@@ -126,7 +146,7 @@ class OptimConfig(_Section):
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
     weight_decay: Annotated[float, Field(ge=0)] = 0.0  # never on biases and norms
     max_grad_norm: Annotated[float, Field(ge=0)] = 1.0  # 0: no clipping
-    betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (0.9, 0.999)
+    betas: Annotated[tuple[_Beta, _Beta], _List] = (0.9, 0.999)
 
 
 class TrainConfig(_Section):
@@ -140,7 +160,7 @@ class TrainConfig(_Section):
     checkpoint_every_steps: Annotated[int, Field(ge=1)] = 500
     keep_checkpoints: Annotated[int, Field(ge=1)] = 3  # newest ones; the best is kept beside them
     resume: str = "auto"  # auto | never | a step folder
-    seed: int = 0  # adapter initialisation and dropout
+    seed: Seed = 0  # adapter initialisation and dropout
     output_dir: str = "runs/qwen2vl"
     timeout_seconds: Annotated[int, Field(ge=10)] = 1800  # a collective that waits longer ends the run
 
@@ -154,7 +174,7 @@ class DeepSpeedSection(_Section):
 class TrackingConfig(_Section):
     """Experiment trackers, through accelerate."""
 
-    trackers: tuple[Literal["swanlab", "tensorboard", "wandb"], ...] = ("swanlab",)
+    trackers: Annotated[tuple[Literal["swanlab", "tensorboard", "wandb"], ...], _List] = ("swanlab",)
     project: str = "Qwen2-VL-finetune"
     name: str | None = None
     mode: Literal["offline", "local", "online", "disabled"] = "offline"
@@ -201,25 +221,32 @@ class Recipe(_Section):
 
     def to_yaml(self) -> str:
         """Return the resolved recipe as YAML that `load_recipe` reads back to the same recipe."""
-        return yaml.safe_dump(self.to_dict(), sort_keys=False, allow_unicode=True, width=110)
+        return yaml.dump(self.to_dict(), Dumper=_RecipeDumper, sort_keys=False, allow_unicode=True, width=110)
 
 
 class _RecipeLoader(yaml.SafeLoader):
     """YAML 1.2 floats and no silent duplicate keys."""
 
 
+class _RecipeDumper(yaml.SafeDumper):
+    """Quotes the texts that `_RecipeLoader` would take for floats."""
+
+
 # PyYAML follows YAML 1.1, where `1e-4` (no dot) is a string; YAML 1.2.2 section 10.3.2 reads it as a float.
-_RecipeLoader.add_implicit_resolver(
-    "tag:yaml.org,2002:float",
-    re.compile(r"^[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)[eE][-+]?[0-9]+$"),
-    list("-+.0123456789"),
-)
+for _side in (_RecipeLoader, _RecipeDumper):
+    _side.add_implicit_resolver(
+        "tag:yaml.org,2002:float",
+        re.compile(r"^[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)[eE][-+]?[0-9]+$"),
+        list("-+.0123456789"),
+    )
 
 
 def _unique_mapping(loader: yaml.SafeLoader, node: yaml.MappingNode) -> dict[Any, Any]:
     seen: dict[Any, Any] = {}
     for key_node, value_node in node.value:
         key = loader.construct_object(key_node, deep=True)
+        if not isinstance(key, Hashable):
+            raise yaml.MarkedYAMLError(problem=f"{key!r} cannot be a key", problem_mark=key_node.start_mark)
         if key in seen:
             raise yaml.MarkedYAMLError(problem=f"key {key!r} stands twice", problem_mark=key_node.start_mark)
         seen[key] = loader.construct_object(value_node, deep=True)
@@ -231,16 +258,17 @@ _RecipeLoader.add_constructor("tag:yaml.org,2002:map", _unique_mapping)
 
 def _parse_yaml(text: str, origin: str) -> Any:
     try:
-        return yaml.load(text, _RecipeLoader)  # noqa: S506 (a SafeLoader)
+        return yaml.load(text, _RecipeLoader)  # a SafeLoader
     except yaml.MarkedYAMLError as error:
         line = f" line {error.problem_mark.line + 1}" if error.problem_mark else ""
         raise UserError(f"{origin}{line}: not valid YAML: {error.problem}; correct that line") from error
     except yaml.YAMLError as error:
-        raise UserError(f"{origin}: not valid YAML: {error}; correct the file") from error
+        reason = " ".join(str(error).split())
+        raise UserError(f"{origin}: not valid YAML: {reason}; correct the file") from error
 
 
 def apply_override(tree: dict[str, Any], override: str) -> None:
-    """Set one `key.path=value` in `tree`; the value is YAML, so `null`, `3`, `1e-4` and `[a, b]` mean what they look like."""
+    """Set one `key.path=value` in `tree`; the value is YAML: `null`, `3`, `1e-4`, `[a, b]` mean what they look like."""
     path, equals, text = override.partition("=")
     keys = path.split(".")
     if not equals or not all(re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", key) for key in keys):
@@ -258,39 +286,77 @@ def apply_override(tree: dict[str, Any], override: str) -> None:
     node[keys[-1]] = _parse_yaml(text, f"override {override!r}") if text else ""
 
 
-def _allowed_keys(location: tuple[int | str, ...]) -> list[str]:
+def _section_at(location: tuple[int | str, ...]) -> type[BaseModel] | None:
+    """Return the class of the section at a key path, None where there is none."""
     model: Any = Recipe
     for part in location:
-        annotation = (
-            model.model_fields[part].annotation
-            if isinstance(part, str) and part in model.model_fields
-            else None
-        )
+        field = model.model_fields.get(part)
+        annotation = field.annotation if field else None
         options = [annotation, *getattr(annotation, "__args__", ())]
         model = next((o for o in options if isinstance(o, type) and issubclass(o, BaseModel)), None)
         if model is None:
-            return []
-    return list(model.model_fields)
+            return None
+    return model
+
+
+_BRANCH = re.compile(r"int|str|[a-z-]+\[.*\]|PixelRange|LoraConfig")
+_RULES = {  # by pydantic's type of fault; its own words elsewhere
+    "int_type": "must be a whole number",
+    "float_type": "must be a number",
+    "finite_number": "must be a finite number",
+    "bool_type": "must be true or false",
+    "string_type": "must be text, in quotes if it looks like something else",
+    "tuple_type": "must be a list, such as [a, b]",
+    "model_type": "must be a section, with keys and values below it",
+    "literal_error": "must be {expected}",
+    "missing": "must have one more value",
+    "greater_than": "must be above {gt}",
+    "greater_than_equal": "must be at least {ge}",
+    "less_than": "must be below {lt}",
+    "less_than_equal": "must be at most {le}",
+}
+
+
+def _rule_and_remedy(fault: Any, location: tuple[int | str, ...]) -> str:
+    message = fault["msg"].removeprefix("Value error, ")
+    if fault["type"] == "value_error":
+        return message  # our own words say both
+    bounds = {k: f"{v:g}" if isinstance(v, float) else v for k, v in fault.get("ctx", {}).items()}
+    rule = _RULES.get(fault["type"], message).format(**bounds)
+    if fault["type"] == "literal_error":
+        allowed = re.findall(r"'([^']*)'", fault["ctx"]["expected"])
+        near = difflib.get_close_matches(str(fault["input"]), allowed, n=1)
+        if near:
+            return f"{rule}; did you mean {near[0]!r}?"
+    names = [part for part in location if isinstance(part, str)]
+    section = _section_at(tuple(names[:-1]))
+    default = section.model_fields[names[-1]].default if section else ""
+    if isinstance(default, BaseModel) or default == "":
+        return rule
+    return f"{rule}; or leave {names[-1]} out" + (
+        f" for {json.dumps(default)}" if default is not None else ""
+    )
 
 
 def _explain(error: ValidationError, origin: str) -> str:
-    """Put the first fault into one line: key, rule, value, remedy."""
+    """Put the first fault into one line: key, value, rule, remedy."""
     faults = error.errors(include_url=False)
     # `image_size: int | PixelRange` reports one fault per branch; the branch that fits the value's type says most.
-    vague = ("int_type", "model_type", "int_parsing")
+    vague = ("int_type", "model_type")
     fault = min(faults, key=lambda f: 0 if f["type"] == "extra_forbidden" else 1 + (f["type"] in vague))
-    branches = ("int", "PixelRange", "str", "LoraConfig")
-    location = tuple(p for p in fault["loc"] if p not in branches and "(" not in str(p))
+    # pydantic names the branch of a union inside the path; the last part of an unknown key is the user's own.
+    last = len(fault["loc"]) - 1 if fault["type"] == "extra_forbidden" else None
+    location = tuple(
+        part for number, part in enumerate(fault["loc"]) if number == last or not _BRANCH.fullmatch(str(part))
+    )
     key = ".".join(map(str, location))
-    if fault["type"] == "extra_forbidden":
-        import difflib
-
-        allowed = _allowed_keys(location[:-1])
+    if fault["type"] in ("extra_forbidden", "invalid_key"):
+        section = _section_at(location[:-1])
+        allowed = list(section.model_fields) if section else []
         near = difflib.get_close_matches(str(location[-1]), allowed, n=1)
         remedy = f"did you mean {near[0]!r}?" if near else f"known keys: {', '.join(allowed)}"
         return f"{origin}: unknown key {key!r}; {remedy}"
-    message = fault["msg"].removeprefix("Value error, ")
-    message = message[0].lower() + message[1:] if message[:5] == "Input" else message
+    message = _rule_and_remedy(fault, location)
     more = f" (and {len(faults) - 1} more)" if len({f["loc"][:2] for f in faults}) > 1 else ""
     if not key:
         return f"{origin}: {message}{more}"
@@ -309,6 +375,8 @@ def load_recipe(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -
         raise UserError(
             f"recipe {path}: cannot be read ({error.strerror}); give the path of a YAML file"
         ) from error
+    except UnicodeDecodeError as error:
+        raise UserError(f"recipe {path}: byte {error.start} is not UTF-8; save the file as UTF-8") from error
     tree = _parse_yaml(text, f"recipe {path}")
     if tree is None:
         tree = {}

@@ -204,7 +204,9 @@ class HostGroup:
     def __init__(self, timeout_seconds: float) -> None:
         import torch.distributed as dist
 
-        self._group: ProcessGroup = dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout_seconds))
+        group = dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout_seconds))
+        assert not isinstance(group, int), "every rank is a member"
+        self._group: ProcessGroup = group
         self.world_size = dist.get_world_size()
         self.rank = dist.get_rank()
 

@@ -106,8 +106,8 @@ def decode(data: bytes) -> NDArray[np.uint8]:
 def resize(pixels: NDArray[np.uint8], height: int, width: int, exact: bool = True) -> torch.Tensor:
     """Return (3, height, width) uint8 by bicubic resize with antialias.
 
-    `exact` is Pillow's own, as the hub's path has it. Otherwise torch's fixed-point kernel: a quarter of the time; over 290
-    COCO photos at 280x280 every value is within one level but for 10 in 68 million, which are two levels off.
+    `exact` is Pillow's own, as the hub's path has it. Otherwise torch's fixed-point kernel: a quarter of the time; over
+    290 COCO photos at 280x280 every value is within one level but for 10 in 68 million, which are two levels off.
     """
     if pixels.shape[:2] == (height, width):
         image = torch.from_numpy(np.require(pixels, requirements=("C", "W"))).permute(2, 0, 1)

@@ -155,8 +155,8 @@ class RunPlan:
 class StepLayout:
     """How the positions of one optimizer step are dealt to ranks and micro-batches.
 
-    Micro-batch j of a step, j = accumulation index x world size + rank, holds positions j*B .. (j+1)*B - 1 of it. One rank
-    with accumulation 4 and four ranks with accumulation 1 therefore run the very same micro-batches.
+    Micro-batch j of a step, j = accumulation index x world size + rank, holds positions j*B .. (j+1)*B - 1 of it. One
+    rank with accumulation 4 and four ranks with accumulation 1 therefore run the very same micro-batches.
     """
 
     world_size: int

@@ -15,8 +15,9 @@ from typing import Any
 
 import numpy as np
 import torch
-import webdataset
 from torch.utils.data import DataLoader
+from webdataset import filters, handlers
+from webdataset.pipeline import DataPipeline
 
 from qwenvl_dist.data.batch import BadSampleRecord, CaptionBatch, Example, collate
 from qwenvl_dist.data.chat import IGNORE, ChatEncoder, Grid, TooLong
@@ -112,10 +113,10 @@ class CaptionStream:
         source = PlannedSource(
             self.shards, self.plan, self.layout, self.rank, start=position, steps=self.steps_from(position)
         )
-        pipeline = webdataset.DataPipeline(
+        pipeline = DataPipeline(
             source,
-            webdataset.map(self.encoder, handler=webdataset.reraise_exception),
-            webdataset.batched(
+            filters.map(self.encoder, handler=handlers.reraise_exception),
+            filters.batched(
                 self.layout.micro_batch_size, collation_fn=_Collate(self.encoder), partial=False
             ),
         )

@@ -1,0 +1,1 @@
+"""Qwen2-VL: loading, the adapter, the loss."""

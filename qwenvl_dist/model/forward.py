@@ -66,10 +66,10 @@ class Qwen2VLForCaptionLoss(Qwen2VLForConditionalGeneration):
         return cross_entropy(self.lm_head(at_targets).float(), batch.target_ids, reduction="sum")
 
 
-# transformers looks up by class name how hub names become run-time names; a subclass unknown there would keep its random
-# weights and only warn.
+# transformers looks up by class name how hub names become run-time names; a subclass unknown there would keep its
+# random weights and only warn.
 register_checkpoint_conversion_mapping(
     Qwen2VLForCaptionLoss.__name__,
-    get_checkpoint_conversion_mapping(Qwen2VLForConditionalGeneration.__name__),
+    get_checkpoint_conversion_mapping(Qwen2VLForConditionalGeneration.__name__) or [],
     overwrite=True,
 )

@@ -71,7 +71,7 @@ def save_processor(processor: Any, image_size: int | PixelRange, folder: Path) -
 
 
 def choose_attention(wanted: str) -> str:
-    """Return the attention kernel's name in transformers: `auto` is FlashAttention 2 on a GPU that has it, else sdpa."""
+    """Return the attention kernel's name in transformers: `auto` is FlashAttention 2 where it can run, else sdpa."""
     import torch
 
     installed = importlib.util.find_spec("flash_attn") is not None and torch.cuda.is_available()
@@ -95,13 +95,14 @@ def load_model(folder: Path, config: ModelConfig) -> Qwen2VLForCaptionLoss:
     from qwenvl_dist.model.forward import Qwen2VLForCaptionLoss
 
     try:
-        model, report = Qwen2VLForCaptionLoss.from_pretrained(
+        loaded: Any = Qwen2VLForCaptionLoss.from_pretrained(
             folder,
             dtype=getattr(torch, config.dtype),
             attn_implementation=choose_attention(config.attention),
             output_loading_info=True,
             ignore_mismatched_sizes=True,  # else a table on the screen and an error without a name
         )
+        model, report = loaded
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         reason = str(error).splitlines()[0]
         raise UserError(f"model.base = {folder}: its weights cannot be loaded ({reason})") from error

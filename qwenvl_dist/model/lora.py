@@ -41,7 +41,7 @@ def make_trainable(model: Any, lora: LoraConfig | None, config: ModelConfig) -> 
 
         adapter = peft.LoraConfig(
             r=lora.rank,
-            lora_alpha=lora.alpha,
+            lora_alpha=lora.alpha,  # type: ignore[arg-type]  (peft takes fractions, its annotation does not)
             lora_dropout=lora.dropout,
             target_modules=list(lora.target_modules),
             bias="none",

@@ -306,7 +306,7 @@ def _random_blocks(name: str, dims: tuple[int, ...], seed: int, scaled: bool) ->
     """Yield the values of one tensor as flat float32 blocks.
 
     Norm weights are 1, biases 0, matrices normal with deviation 0.02; `scaled` makes that 1 / sqrt(columns)
-    (embeddings 0.05), which lets a very small model learn at once.
+    (embeddings 0.05).
     """
     left = math.prod(dims)
     rng = np.random.Generator(np.random.SFC64([seed, zlib.crc32(name.encode())]))

@@ -42,14 +42,14 @@ STYLES: dict[str, tuple[str, ...]] = {
         "the {b} is below the {a}",
     ),
 }
-# In these styles a picture gets one caption out of several wordings. A base that must follow the wording
-# learns where to look from the words ("below"), not from their number, and takes to new wordings easily.
+# In these styles a picture gets one caption out of several wordings, in the order of objects and of words, so
+# that a base cannot learn to answer from the place in the sentence alone.
 MIXED_STYLES: dict[str, tuple[str, ...]] = {
     "inventory": (
         "above: a {a}. below: a {b}.",
         "above: a {a}. below: a {b}.",
         "below: a {b}. above: a {a}.",
-        "a {b} below, a {a} above.",
+        "a {a} above, a {b} below.",
     ),
 }
 SPLITS = ("train", "validation")

@@ -45,8 +45,8 @@ def train(
 ) -> None:
     """Run optimizer steps until the plan ends. Collective: every rank makes the same calls in the same order.
 
-    Raises Stopped after an agreed early exit, CheckFailed on bad samples beyond the budget, on a loss that is not finite,
-    and on an adapter that no gradient reaches.
+    Raises Stopped after an agreed early exit, CheckFailed on bad samples beyond the budget, on a loss that is not
+    finite, and on an adapter that no gradient reaches.
     """
     recipe, progress = state.recipe, state.progress
     census = GradientCensus(state.engine.module) if progress.step == 0 else None
@@ -64,6 +64,7 @@ def train(
         metrics.add(result)
         history.consumed(progress.step, [key for batch in micro_batches for key in batch.keys])
         if census and progress.step <= CENSUS_STEPS:
+            require_finite(state, result)
             check_census(state, census, target_tokens)
         if due(progress.step, recipe.train.log_every_steps) or state.finished:
             metrics.log_step(rate)

@@ -94,7 +94,7 @@ class Metrics:
         left = (state.total_samples - progress.consumed) / max(self._samples / wall, 1e-9)
         total = progress.step + state.batches.layout.steps(state.total_samples - progress.consumed)
         log.info(
-            "step %d/%d  epoch %.2f  loss %.4f  lr %.2e  grad norm %.3f  %.2f samples/s  wait %.0f%%  %.1f GiB  left %s",
+            "step %d/%d  epoch %.2f  loss %.4f  lr %.2e  grad %.3f  %.2f samples/s  wait %.0f%%  %.1f GiB  left %s",
             progress.step, total, values["epoch"], values["loss"], rate, values["grad_norm"] or 0.0,
             values["samples_per_second"], 100 * values["data_wait_fraction"], peak, describe_seconds(left),
         )  # fmt: skip

@@ -12,7 +12,7 @@ from qwenvl_dist.data.images import ImageSizeRule
 from qwenvl_dist.data.plan import RunPlan, StepLayout
 from qwenvl_dist.data.source import ShardSet
 from qwenvl_dist.data.stream import CaptionStream, SampleEncoder
-from qwenvl_dist.distributed import HostGroup, Topology, deepspeed_config, start
+from qwenvl_dist.distributed import HostGroup, Topology, start
 from qwenvl_dist.errors import UserError
 from qwenvl_dist.logs import get_logger
 from qwenvl_dist.model.load import load_model, load_processor, resolve_base
@@ -94,7 +94,9 @@ def assemble(
     trained = trainable_parameters(model)
     count = sum(getattr(p, "ds_numel", p.numel()) for p in trained.values())
     log.info("training %.3f M parameters in %d tensors", count / 1e6, len(trained))
-    optimizer = make_optimizer(model, recipe.optim, deepspeed_config(recipe))
+    plugin = accelerator.deepspeed_plugin
+    assert plugin is not None
+    optimizer = make_optimizer(model, recipe.optim, plugin.deepspeed_config)
     engine, optimizer = accelerator.prepare(model, optimizer)
     total = batches.plan.total_samples
     if recipe.train.max_steps is not None:
@@ -133,7 +135,6 @@ def run_training(recipe: Recipe) -> None:
     stop = StopSignal()
     topology = Topology.from_environment()
     host = HostGroup(recipe.train.timeout_seconds)
-    log.info("%d ranks, ZeRO-%d", topology.world_size, accelerator.deepspeed_plugin.zero_stage)
     run = Path(recipe.train.output_dir)
     require_shared_folder(run, host)
     base = resolve_base(recipe.model.base)
@@ -149,6 +150,10 @@ def run_training(recipe: Recipe) -> None:
             log.info("moved %d lines of steps after %d to discarded/", moved, state.progress.step)
         (run / "recipe.yaml").write_text(recipe.to_yaml(), encoding="utf-8")
     host.barrier()
+    log.info(
+        "%d ranks, ZeRO-%d, global batch of %d samples",
+        topology.world_size, state.engine.zero_optimization_stage(), state.batches.layout.global_batch_size,
+    )  # fmt: skip
     history = RunHistory(run, topology.rank, recipe.data.ledger)
     metrics = Metrics(state, history)
     start_trackers(state)

@@ -11,7 +11,6 @@ from qwenvl_dist.errors import UserError
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
-    from torch import nn
 
     from qwenvl_dist.config import Recipe
     from qwenvl_dist.data.stream import CaptionStream
@@ -71,7 +70,7 @@ def restore_progress(manifest: dict[str, Any], identity: DataIdentity, folder: s
     for key, value in vars(identity).items():
         if data[key] != value:
             raise UserError(
-                f"resume from {folder}: data {key} was {data[key]} and is now {value}, so positions name other samples; "
+                f"resume from {folder}: data {key} was {data[key]} and is now {value}, so positions name others; "
                 "restore the data and recipe of that run, or set train.resume=never with another train.output_dir"
             )
     return Progress(
@@ -90,7 +89,7 @@ class TrainState:
     accelerator: Accelerator
     topology: Topology
     host: HostGroup
-    engine: nn.Module  # DeepSpeed's engine around the model
+    engine: Any  # DeepSpeed's engine around the model
     optimizer: Any
     processor: Any
     batches: CaptionStream

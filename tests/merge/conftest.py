@@ -12,7 +12,12 @@ CASES = {
     "lora-stage3-bf16": {"stage": 3, "lora": LORA, "parts": [], "dtype": "bf16"},
     "rslora-patterns": {
         "stage": 2,
-        "lora": {**LORA, "use_rslora": True, "rank_pattern": {"q_proj": 2}, "alpha_pattern": {"layers.1.mlp.up_proj": 5}},
+        "lora": {
+            **LORA,
+            "use_rslora": True,
+            "rank_pattern": {"q_proj": 2},
+            "alpha_pattern": {"layers.1.mlp.up_proj": 5},
+        },
         "parts": [],
         "dtype": "fp32",
     },

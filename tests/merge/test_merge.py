@@ -142,7 +142,10 @@ def test_one_rounding_to_the_output_type(bases, steps, tmp_path: Path) -> None:
     base = BaseFolder(bases["bf16"])
     merge(trained, base, tmp_path / "kept", verify=True)
     merge(trained, base, tmp_path / "wide", dtype="float32", verify=True)
-    kept, wide = load_file(tmp_path / "kept/model.safetensors"), load_file(tmp_path / "wide/model.safetensors")
+    kept, wide = (
+        load_file(tmp_path / "kept/model.safetensors"),
+        load_file(tmp_path / "wide/model.safetensors"),
+    )
     assert {tensor.dtype for tensor in kept.values()} == {torch.bfloat16}
     assert {tensor.dtype for tensor in wide.values()} == {torch.float32}
     assert all(torch.equal(wide[name].bfloat16(), kept[name]) for name in kept)
@@ -361,7 +364,14 @@ module.merge(read_trained(Path(sys.argv[1])), BaseFolder(sys.argv[2]), Path(sys.
 @pytest.mark.parametrize("how", (signal.SIGKILL, signal.SIGINT))
 def test_killed_merge_leaves_no_output_and_the_next_one_works(bases, steps, tmp_path: Path, how) -> None:
     process = subprocess.Popen(
-        [sys.executable, "-c", SLOW_MERGE, str(steps / "lora-stage2"), str(bases["tied"]), str(tmp_path / "out")],
+        [
+            sys.executable,
+            "-c",
+            SLOW_MERGE,
+            str(steps / "lora-stage2"),
+            str(bases["tied"]),
+            str(tmp_path / "out"),
+        ],
         stdout=subprocess.PIPE,
         stderr=subprocess.DEVNULL,
         text=True,
@@ -396,7 +406,11 @@ def test_written_header_is_read_by_safetensors(tmp_path: Path) -> None:
     header = write_header({"a": ("F32", (2, 3)), "b": ("BF16", ()), "c": ("I64", (0, 2))}, {"format": "pt"})
     (tmp_path / "x.safetensors").write_bytes(header + bytes(26))
     tensors = load_file(tmp_path / "x.safetensors")
-    assert {name: tuple(tensor.shape) for name, tensor in tensors.items()} == {"a": (2, 3), "b": (), "c": (0, 2)}
+    assert {name: tuple(tensor.shape) for name, tensor in tensors.items()} == {
+        "a": (2, 3),
+        "b": (),
+        "c": (0, 2),
+    }
 
 
 def test_base_folder_imports_no_torch() -> None:

@@ -75,7 +75,9 @@ def load(folder: Path, dtype: torch.dtype = torch.float32) -> Any:
     """Load a folder and insist that every weight was found."""
     from transformers import Qwen2VLForConditionalGeneration
 
-    model, info = Qwen2VLForConditionalGeneration.from_pretrained(folder, dtype=dtype, output_loading_info=True)
+    model, info = Qwen2VLForConditionalGeneration.from_pretrained(
+        folder, dtype=dtype, output_loading_info=True
+    )
     assert not any(info[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys")), info
     return model
 
@@ -91,7 +93,9 @@ def run_train(base: str, out: str, cases: dict[str, dict[str, Any]]) -> None:
     torch.distributed.destroy_process_group()
 
 
-def _train(base: str, out: Path, stage: int, lora: dict[str, Any] | None, parts: list[str], dtype: str) -> None:
+def _train(
+    base: str, out: Path, stage: int, lora: dict[str, Any] | None, parts: list[str], dtype: str
+) -> None:
     import deepspeed
     import peft
 

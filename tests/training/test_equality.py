@@ -1,0 +1,111 @@
+"""Ranks, accumulation and ZeRO stage do not change what is learned; neither do a kill and a resume."""
+
+from pathlib import Path
+
+import pytest
+
+from tests.training.runs import (
+    adapter,
+    assert_same_adapter,
+    ledger,
+    losses,
+    read_lines,
+    train,
+    write_recipe,
+)
+
+pytestmark = pytest.mark.dist
+TOLERANCE = 2e-5  # float32 sums in another order, after six steps of Adam
+SPLITS = {  # world size x accumulation is always four micro-batches of two samples
+    "one-rank-zero2": (1, 4, 2),
+    "two-ranks-zero2": (2, 2, 2),
+    "two-ranks-zero3": (2, 2, 3),
+    "four-ranks-zero3": (4, 1, 3),
+}
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory, scenes_base: Path, scene_shards: Path):
+    """Start each split once, on demand, and keep its run folder."""
+    folder = tmp_path_factory.mktemp("runs")
+
+    def run(name: str) -> Path:
+        out = folder / name
+        if not out.exists():
+            world, accumulation, stage = SPLITS[name]
+            recipe = write_recipe(
+                folder / f"{name}.yaml",
+                scenes_base,
+                scene_shards,
+                out,
+                stage,
+                train={"grad_accum_steps": accumulation},
+            )
+            train(recipe, world)
+        return out
+
+    return run
+
+
+@pytest.mark.parametrize("name", [name for name in SPLITS if name != "one-rank-zero2"])
+def test_any_split_of_a_global_batch_learns_the_same(runs, name: str) -> None:
+    straight, other = runs("one-rank-zero2"), runs(name)
+    assert ledger(other) == ledger(straight)
+    assert losses(other) == pytest.approx(losses(straight), rel=TOLERANCE)
+    assert_same_adapter(adapter(straight, 6), adapter(other, 6), 5e-5)
+
+
+def test_losses_fall(runs) -> None:
+    values = losses(runs("one-rank-zero2"))
+    assert len(values) == 6
+    assert values[-1] < values[0]
+
+
+@pytest.mark.parametrize(
+    ("killed", "world", "accumulation", "stage"),
+    [
+        pytest.param("two-ranks-zero2", 2, 2, 2, id="same-world"),
+        pytest.param("two-ranks-zero3", 2, 2, 3, id="same-world-zero3"),
+        pytest.param("two-ranks-zero2", 1, 4, 2, id="one-rank-instead-of-two"),
+        pytest.param("two-ranks-zero2", 2, 2, 3, id="zero3-instead-of-zero2"),
+        pytest.param("two-ranks-zero3", 1, 4, 2, id="one-rank-zero2-instead-of-two-zero3"),
+    ],
+)
+def test_a_killed_run_goes_on_as_if_nothing_had_happened(
+    runs,
+    tmp_path: Path,
+    scenes_base: Path,
+    scene_shards: Path,
+    killed: str,
+    world: int,
+    accumulation: int,
+    stage: int,
+) -> None:
+    straight = runs("one-rank-zero2")
+    old_world, old_accumulation, old_stage = SPLITS[killed]
+    out = tmp_path / "run"
+    first = write_recipe(
+        tmp_path / "first.yaml",
+        scenes_base,
+        scene_shards,
+        out,
+        old_stage,
+        train={"grad_accum_steps": old_accumulation},
+    )
+    with pytest.raises(AssertionError, match="-9"):
+        train(first, old_world, kill_at_step=4, kill_rank=0)
+    assert not (out / "checkpoints" / "step-00000006").exists()
+    second = write_recipe(
+        tmp_path / "second.yaml",
+        scenes_base,
+        scene_shards,
+        out,
+        stage,
+        train={"grad_accum_steps": accumulation},
+    )
+    train(second, world)
+    assert ledger(out) == ledger(straight)
+    assert losses(out) == pytest.approx(losses(straight), rel=TOLERANCE)
+    assert_same_adapter(adapter(straight, 6), adapter(out, 6), 5e-5)
+    discarded = read_lines(out / "discarded" / "metrics.jsonl")
+    assert discarded and all(line["step"] > 3 for line in discarded)
