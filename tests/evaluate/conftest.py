@@ -1,7 +1,6 @@
 """A random base of the smallest shape, an adapter on it, and shards of generated pictures of several sizes."""
 
 import json
-import os
 from pathlib import Path
 
 import pytest
@@ -10,15 +9,14 @@ from PIL import Image
 
 from qwenvl_dist.data.formats import ImageRef, Sample, caption_messages
 from qwenvl_dist.data.pack import pack
-from qwenvl_dist.synthetic.base import write_random_base
 from qwenvl_dist.synthetic.scenes import captions, draw_scene, scene
 
 SIZES = [(56, 56), (140, 84), (63, 120), (224, 56), (112, 112), (97, 131), (56, 84)]  # width, height
 
 
 @pytest.fixture(scope="session")
-def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_random_base(tmp_path_factory.mktemp("evaluate") / "base", "scenes")
+def base(scenes_base: Path) -> Path:
+    return scenes_base
 
 
 @pytest.fixture(scope="session")
@@ -79,14 +77,9 @@ def adapter(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def hub_text_files() -> Path:
+def hub_text_files(shared_data: Path) -> Path:
     """The published tokenizer and processor files."""
-    repository = Path(__file__).resolve().parents[2]
-    shared = Path(os.environ.get("QWENVL_SHARED", repository.parent / "shared"))
-    folder = shared / "data" / "qwen2vl" / "Qwen2-VL-7B-Instruct"
-    if not folder.is_dir():
-        pytest.skip(f"Qwen2-VL's files are not at {folder}; QWENVL_SHARED names the folder above data/")
-    return folder
+    return shared_data / "qwen2vl" / "Qwen2-VL-7B-Instruct"
 
 
 def edit_json(path: Path, **changes: object) -> None:
