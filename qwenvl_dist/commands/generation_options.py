@@ -56,7 +56,7 @@ def parse_image_size(text: str) -> int | PixelRange:
     """Return the size that `--image-size` names: `280`, or `3136,1003520`."""
     from pydantic import ValidationError
 
-    from qwenvl_dist.config import DataConfig
+    from qwenvl_dist.config import DataConfig, PixelRange
 
     form = f"--image-size {text}: must be a side such as 280, or two areas such as 3136,1003520 (pixels)"
     parts = text.split(",")
@@ -66,15 +66,14 @@ def parse_image_size(text: str) -> int | PixelRange:
         raise UserError(form) from None
     if len(numbers) > 2:
         raise UserError(form)
-    size: Any = numbers[0] if len(numbers) == 1 else {"min_pixels": numbers[0], "max_pixels": numbers[1]}
     try:
-        return DataConfig(image_size=size).image_size
+        if len(numbers) == 1:
+            return DataConfig(image_size=numbers[0]).image_size
+        return PixelRange(min_pixels=numbers[0], max_pixels=numbers[1])
     except ValidationError as error:
-        branch = "int" if len(numbers) == 1 else "PixelRange"
-        fault = next(
-            (f for f in error.errors() if branch in f["loc"] or f["type"] == "value_error"), error.errors()[0]
-        )
-        raise UserError(f"--image-size {text}: {fault['msg'].removeprefix('Value error, ')}") from None
+        # Of a side, pydantic also reports that it is no range; the first fault is the one that fits.
+        rule = error.errors()[0]["msg"].removeprefix("Value error, ")
+        raise UserError(f"--image-size {text}: {rule}") from None
 
 
 def load(args: argparse.Namespace, **more: Any) -> Captioner:

@@ -14,10 +14,11 @@ from typing import Any
 
 import numpy as np
 import torch
-import webdataset
 from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import DataLoader
+from webdataset import filters, handlers
+from webdataset.pipeline import DataPipeline
 
 from qwenvl_dist.data.batch import BadSampleRecord
 from qwenvl_dist.data.chat import Grid, Int64
@@ -159,10 +160,9 @@ class PromptStream:
     def iterate(self) -> Iterator[PromptBatch]:
         """Yield the batches in the order of the plan."""
         steps = self.layout.steps(self.plan.total_samples)
-        wds: Any = webdataset  # its names are made at run time
-        pipeline = wds.DataPipeline(
+        pipeline: Any = DataPipeline(
             PlannedSource(self.shards, self.plan, self.layout, self.rank, start=0, steps=steps),
-            wds.map(self.encoder, handler=wds.reraise_exception),
-            wds.batched(self.layout.micro_batch_size, collation_fn=self.encoder.collate, partial=False),
+            filters.map(self.encoder, handler=handlers.reraise_exception),
+            filters.batched(self.layout.micro_batch_size, collation_fn=self.encoder.collate, partial=False),
         )
         yield from DataLoader(pipeline, batch_size=None, num_workers=self.workers)

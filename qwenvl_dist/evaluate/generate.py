@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import contextlib
 import json
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+import transformers
 from transformers import GenerationConfig
 
 from qwenvl_dist.config import DataConfig, ModelConfig, PixelRange
@@ -21,6 +23,7 @@ from qwenvl_dist.data.images import ImageSizeRule
 from qwenvl_dist.data.prompts import PromptEncoder
 from qwenvl_dist.data.stream import SampleEncoder
 from qwenvl_dist.errors import UserError
+from qwenvl_dist.model.base_folder import BaseFolder
 from qwenvl_dist.model.load import TRAINING_IMAGES_FILE, load_model, load_processor, resolve_base
 from qwenvl_dist.model.pixels import PixelSettings, pixel_values
 
@@ -79,7 +82,10 @@ def load_captioner(
         _require_adapter(adapter)
     if (Path(model) / ADAPTER_CONFIG).is_file() and not (Path(model) / "config.json").is_file():
         raise UserError(f"{model}: is an adapter; name its base as the model and this folder with --adapter")
+    if not sys.stderr.isatty():
+        transformers.utils.logging.disable_progress_bar()
     folder = resolve_base(model)
+    BaseFolder(folder)  # a download that was cut off is named here, in milliseconds
     processor = load_processor(folder)
     if image_size is None:
         image_size = training_image_size([f for f in (adapter, folder) if f is not None], processor)

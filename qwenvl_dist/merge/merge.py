@@ -127,7 +127,7 @@ def check_base(trained: Trained, base: BaseFolder) -> None:
 
 
 def write_adapter(trained: Trained, out: Path) -> None:
-    """Write the adapter alone as a peft folder, float32."""
+    """Write the adapter alone as a peft folder, float32, with the processor of its training in `processor/`."""
     if not trained.deltas or trained.adapter_config is None:
         raise UserError(
             f"{trained.source} holds no adapter: it trained the base's own parameters; use --out alone"
@@ -138,6 +138,8 @@ def write_adapter(trained: Trained, out: Path) -> None:
             f"{next(iter(trained.parameters))}, which an adapter folder cannot hold; use --out alone"
         )
     write_peft_folder(out, trained.adapter_config, trained.deltas)
+    if trained.processor:  # pictures must keep the size they were trained at
+        shutil.copytree(trained.processor, out / "processor")
 
 
 def _header(file: SafetensorsFile, plans: dict[str, TensorPlan]) -> bytes:

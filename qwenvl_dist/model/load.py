@@ -90,6 +90,7 @@ def load_model(folder: Path, config: ModelConfig) -> Qwen2VLForCaptionLoss:
     it arrives, so that no GPU ever holds the whole model.
     """
     import torch
+    from safetensors import SafetensorError
 
     from qwenvl_dist.model.forward import Qwen2VLForCaptionLoss
 
@@ -99,9 +100,10 @@ def load_model(folder: Path, config: ModelConfig) -> Qwen2VLForCaptionLoss:
             dtype=getattr(torch, config.dtype),
             attn_implementation=choose_attention(config.attention),
             output_loading_info=True,
+            ignore_mismatched_sizes=True,  # else a table on the screen and an error without a name
         )
         model, report = loaded
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         reason = str(error).splitlines()[0]
         raise UserError(f"model.base = {folder}: its weights cannot be loaded ({reason})") from error
     # transformers fills a gap with random weights and a warning; nobody wants to train on those.
