@@ -87,8 +87,10 @@ def decode(data: bytes) -> NDArray[np.uint8]:
     """Return (height, width, 3) uint8 RGB. Raises UnreadableImage with the decoder's reason."""
     if simplejpeg.is_jpeg(data):
         try:
+            height, width, colours, _ = simplejpeg.decode_jpeg_header(data)
             # Simplejpeg's colour conversion and upsampling are libjpeg-turbo's defaults, as in Pillow: equal pixels.
-            if simplejpeg.decode_jpeg_header(data)[2] in ("YCbCr", "Gray"):
+            # It has no limit of size; Pillow below refuses what is beyond its own.
+            if colours in ("YCbCr", "Gray") and height * width <= (Image.MAX_IMAGE_PIXELS or math.inf):
                 return simplejpeg.decode_jpeg(data, colorspace="RGB", fastdct=False, fastupsample=False)
         except ValueError:
             pass  # strict about flaws that Pillow tolerates; Pillow's answer below decides
@@ -97,10 +99,12 @@ def decode(data: bytes) -> NDArray[np.uint8]:
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             with Image.open(io.BytesIO(data)) as image:
                 return np.asarray(to_rgb(image))
-    except (OSError, UnidentifiedImageError, ValueError, SyntaxError) as error:
-        raise UnreadableImage(f"cannot be decoded: {str(error) or type(error).__name__}") from error
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise UnreadableImage(f"too large: {error}") from error
+    except UnidentifiedImageError as error:
+        raise UnreadableImage("not a picture" if data else "an empty file") from error
+    except Exception as error:  # Pillow's parsers raise whatever damaged bytes lead them to
+        raise UnreadableImage(f"cannot be decoded: {str(error) or type(error).__name__}") from error
 
 
 def resize(pixels: NDArray[np.uint8], height: int, width: int, exact: bool = True) -> torch.Tensor:
