@@ -32,8 +32,9 @@ class ShardSet:
     def _reader(self, shard: int) -> ShardReader:
         reader = self._readers.pop(shard, None)
         if reader is None:
-            path = self.folder / self.manifest.shards[shard].name
-            reader = ShardReader(path, load_shard_index(index_path(path)))
+            entry = self.manifest.shards[shard]
+            path = self.folder / entry.name
+            reader = ShardReader(path, load_shard_index(index_path(path), entry.index_sha256))
             while len(self._readers) >= self.keep_open:
                 self._readers.popitem(last=False)[1].close()
         self._readers[shard] = reader

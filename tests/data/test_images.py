@@ -102,7 +102,7 @@ def test_rgb_pictures_are_not_converted() -> None:
 )
 def test_truncated_picture_is_unreadable(options: dict, left: float) -> None:
     data = encode(noise(64, 64), **options)
-    with pytest.raises(UnreadableImage, match=r"cannot be decoded: .+|not a picture"):
+    with pytest.raises(UnreadableImage, match=r"cannot be decoded: .+|not a readable picture"):
         decode(data[: int(len(data) * left)])
 
 
