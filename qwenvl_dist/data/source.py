@@ -44,7 +44,7 @@ class ShardSet:
         """Return the verified bytes of one sample. Raises BadSample."""
         try:
             return self._reader(place.shard).read(place.sample)
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, IndexError) as error:
             name = self.manifest.shards[place.shard].name
             raise BadSample(name, f"#{place.sample}", f"shard cannot be opened: {error}") from error
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import json
 import sys
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -133,7 +134,9 @@ def add_adapter(model: Qwen2VLForCaptionLoss, folder: Path) -> PeftModel:
     try:
         config = PeftConfig.from_pretrained(str(folder))
         config.inference_mode = True
-        tuned = PeftModel(model, config, autocast_adapter_dtype=False)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message=r".*is_gradient_checkpointing", category=FutureWarning)
+            tuned = PeftModel(model, config, autocast_adapter_dtype=False)
         result = tuned.load_adapter(str(folder), "default", torch_device="cpu", autocast_adapter_dtype=False)
     except (OSError, ValueError, TypeError, KeyError, RuntimeError, SafetensorError) as error:
         lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]

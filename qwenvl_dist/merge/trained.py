@@ -1,6 +1,5 @@
 """Find a checkpoint and say what training left in it: LoRA deltas, and base parameters trained as such."""
 
-import json
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -8,8 +7,9 @@ from typing import Any
 
 import torch
 
+from qwenvl_dist.checkpoints.manifest import MANIFEST, InvalidCheckpoint, verify
 from qwenvl_dist.checkpoints.zero import ZeroCheckpoint, is_zero_checkpoint
-from qwenvl_dist.errors import UserError
+from qwenvl_dist.errors import CheckFailed, UserError
 from qwenvl_dist.merge.adapter import (
     ADAPTER_CONFIG,
     ADAPTER_WEIGHTS,
@@ -22,7 +22,6 @@ from qwenvl_dist.merge.adapter import (
 )
 from qwenvl_dist.model.names import runtime_name
 
-MANIFEST = "MANIFEST.json"
 _STEP_FOLDER = re.compile(r"step-(\d+)")
 
 
@@ -104,7 +103,7 @@ def read_trained(folder: Path) -> Trained:
         if runtime_name(name) in parameters:
             raise UserError(f"{folder}: {name} was trained under two names")
         parameters[runtime_name(name)] = TrainedParameter(checkpoint, name)
-    config = read_config(folder) or read_config(checkpoint.folder.parent) or manifest.get("lora")
+    config = read_config(folder) or read_config(checkpoint.folder.parent)
     if not adapter_names:
         if config:
             raise UserError(f"{folder} has an adapter config but its partitions hold no adapter tensor")
@@ -121,10 +120,10 @@ def read_trained(folder: Path) -> Trained:
 
 
 def _read_manifest(folder: Path) -> dict[str, Any]:
-    path = folder / MANIFEST
-    if not path.is_file():
+    """Check every file against the manifest and return it; a folder of DeepSpeed's own has none."""
+    if not (folder / MANIFEST).is_file():
         return {}
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise UserError(f"{path} is not JSON: {error}; the checkpoint is damaged, use another") from error
+        return verify(folder)
+    except InvalidCheckpoint as error:
+        raise CheckFailed(f"{folder} is damaged: {error}; merge another checkpoint of the run") from error

@@ -48,7 +48,7 @@ def make_trainable(model: Any, lora: LoraConfig | None, config: ModelConfig) -> 
         )
         trained = peft.get_peft_model(model, adapter, autocast_adapter_dtype=False)
     for part in config.train:
-        if part == "head" and model.config.get_text_config().tie_word_embeddings:
+        if part == "head" and model.config.tie_word_embeddings:
             raise UserError(
                 "model.train names `head`, but this base ties lm_head to the embedding; "
                 "name `language`, which holds the embedding"

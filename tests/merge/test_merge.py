@@ -208,6 +208,19 @@ def test_other_base_is_refused_unless_allowed(bases, steps, tmp_path: Path) -> N
     merge(read_trained(step), BaseFolder(bases["untied"]), tmp_path / "wrong", allow_other_base=True)
 
 
+@pytest.mark.dist
+def test_a_checkpoint_that_differs_from_its_manifest_is_refused(bases, steps, tmp_path: Path) -> None:
+    step = tmp_path / "step"
+    shutil.copytree(steps / "lora-stage2", step)
+    write_manifest(step, BaseFolder(bases["tied"]).fingerprint(), None)
+    victim = max(step.rglob("*optim_states.pt"), key=lambda path: path.stat().st_size)
+    data = bytearray(victim.read_bytes())
+    data[len(data) // 2] ^= 1
+    victim.write_bytes(data)
+    with pytest.raises(CheckFailed, match=f"{victim.name} has another checksum"):
+        read_trained(step)
+
+
 def test_fingerprint_notices_one_changed_tensor(bases, tmp_path: Path) -> None:
     shutil.copytree(bases["tied"], tmp_path / "base")
     before = BaseFolder(tmp_path / "base").fingerprint()

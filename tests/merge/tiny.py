@@ -6,6 +6,8 @@ from typing import Any
 
 import torch
 
+from qwenvl_dist.checkpoints import manifest as manifests
+
 IMAGE_TOKEN, VISION_START, VISION_END = 297, 298, 299
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
@@ -123,7 +125,7 @@ def _train(
 
 
 def write_manifest(step: Path, fingerprint: str, lora: dict[str, Any] | None) -> None:
-    """Put a manifest into a step folder with the keys that a merge reads."""
-    (step / "MANIFEST.json").write_text(
-        json.dumps({"format": "qwenvl-dist-checkpoint", "base": {"fingerprint": fingerprint}, "lora": lora})
-    )
+    """Put a whole manifest into a step folder: every file as it is, and the base it was trained on."""
+    files = {str(p.relative_to(step)): manifests.describe_file(p) for p in manifests.files_below(step)}
+    content = {"base": {"path": "base", "fingerprint": fingerprint}, "lora": lora, "files": files}
+    manifests.write_manifest(step, content)
