@@ -102,7 +102,8 @@ def decode(data: bytes) -> NDArray[np.uint8]:
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise UnreadableImage(f"too large: {error}") from error
     except UnidentifiedImageError as error:
-        raise UnreadableImage("not a picture" if data else "an empty file") from error
+        reason = "not a picture" if data else "an empty file"
+        raise UnreadableImage(f"cannot be decoded: {reason}") from error
     except Exception as error:  # Pillow's parsers raise whatever damaged bytes lead them to
         raise UnreadableImage(f"cannot be decoded: {str(error) or type(error).__name__}") from error
 
