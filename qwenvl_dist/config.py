@@ -318,7 +318,7 @@ _RULES = {  # by pydantic's type of fault; its own words elsewhere
 
 
 def _rule_and_remedy(fault: Any, location: tuple[int | str, ...]) -> str:
-    message = fault["msg"].removeprefix("Value error, ")
+    message = str(fault["msg"]).removeprefix("Value error, ")
     if fault["type"] == "value_error":
         return message  # our own words say both
     bounds = {k: f"{v:g}" if isinstance(v, float) else v for k, v in fault.get("ctx", {}).items()}

@@ -112,7 +112,7 @@ class CaptionStream:
         source = PlannedSource(
             self.shards, self.plan, self.layout, self.rank, start=position, steps=self.steps_from(position)
         )
-        pipeline = DataPipeline(
+        pipeline: Any = DataPipeline(
             source,
             filters.map(self.encoder, handler=handlers.reraise_exception),
             filters.batched(self.layout.micro_batch_size, collation_fn=_Collate(self.encoder), partial=False),

@@ -18,10 +18,11 @@ from PIL import Image
 from qwenvl_dist.data.batch import CaptionBatch
 from qwenvl_dist.data.chat import IGNORE
 from qwenvl_dist.data.images import ImageSizeRule, decode, resize
-from qwenvl_dist.data.index import Manifest, ShardEntry, build_shard_index, index_path, sha256_of
+from qwenvl_dist.data.index import Manifest, ShardEntry, build_shard_index, index_path
 from qwenvl_dist.data.plan import RunPlan, StepLayout
 from qwenvl_dist.data.source import PlannedSource, ShardSet
 from qwenvl_dist.data.stream import CaptionStream, SampleEncoder
+from qwenvl_dist.files import sha256_of
 from qwenvl_dist.synthetic.scenes import captions, draw_scene, scene
 
 SIDE = 56
