@@ -90,7 +90,9 @@ def decode(data: bytes) -> NDArray[np.uint8]:
             height, width, colours, _ = simplejpeg.decode_jpeg_header(data)
             # Simplejpeg's colour conversion and upsampling are libjpeg-turbo's defaults, as in Pillow: equal pixels.
             # It has no limit of size; Pillow below refuses what is beyond its own.
-            if colours in ("YCbCr", "Gray") and height * width <= (Image.MAX_IMAGE_PIXELS or math.inf):
+            if colours in ("YCbCr", "Gray") and int(height) * int(width) <= (
+                Image.MAX_IMAGE_PIXELS or math.inf
+            ):
                 return simplejpeg.decode_jpeg(data, colorspace="RGB", fastdct=False, fastupsample=False)
         except ValueError:
             pass  # strict about flaws that Pillow tolerates; Pillow's answer below decides
