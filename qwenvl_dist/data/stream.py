@@ -118,7 +118,7 @@ class CaptionStream:
             filters.batched(self.layout.micro_batch_size, collation_fn=_Collate(self.encoder), partial=False),
         )
         loader = DataLoader(
-            pipeline,
+            pipeline,  # type: ignore[arg-type]  (torch's IterableDataset when there is torch)
             batch_size=None,
             num_workers=self.workers,
             prefetch_factor=2 * self.layout.grad_accum_steps if self.workers else None,

@@ -189,7 +189,10 @@ def test_logits_are_computed_at_targets_alone(model: Any, batch: CaptionBatch) -
 # --- the vision tower ---
 
 
-def test_frozen_tower_is_run_without_a_graph(model: Any, batch: CaptionBatch) -> None:
+@pytest.mark.parametrize("hooked", [False, True])
+def test_frozen_tower_is_run_without_a_graph(model: Any, batch: CaptionBatch, hooked: bool) -> None:
+    if hooked:  # what libraries do for gradient checkpointing: it marks the tower's patch embedding too
+        model.enable_input_require_grads()
     seen = []
     tower = model.get_base_model().model.visual
     handle = tower.register_forward_hook(
