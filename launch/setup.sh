@@ -9,7 +9,18 @@ if [ "$(cat "$stamp" 2>/dev/null)" != "$wanted" ]; then
   # torch and torchvision first and together: a later resolve must not pull another build of one of them.
   "$venv/bin/python" -m pip install --quiet --constraint launch/constraints.txt torch torchvision
   "$venv/bin/python" -m pip install --quiet --constraint launch/constraints.txt --editable ".[dev]"
-  echo "$wanted" >"$stamp"
 fi
 PATH="$(cd "$venv" && pwd)/bin:$PATH"
-export PATH
+# What torch compiles belongs to this environment: two environments that share a folder rebuild each other's.
+export PATH TORCH_EXTENSIONS_DIR="${TORCH_EXTENSIONS_DIR:-$(cd "$venv" && pwd)/torch_extensions}"
+if [ "$(cat "$stamp" 2>/dev/null)" != "$wanted" ]; then
+  # Without a GPU DeepSpeed compiles its shared-memory collective at the first start: once, here, not in every rank at once.
+  python - <<'PY' >&2 || echo "set-up: DeepSpeed's CPU collective was not compiled now; the first run will do it" >&2
+import os, torch
+if not torch.cuda.is_available():
+    os.environ["DS_ACCELERATOR"] = "cpu"
+    from deepspeed.ops.op_builder.cpu import ShareMemCommBuilder
+    ShareMemCommBuilder().load(verbose=False)
+PY
+  echo "$wanted" >"$stamp"
+fi

@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 log = get_logger(__name__)
 
 
-def build_model(recipe: Recipe, base: Path, processor: Any) -> nn.Module:
+def build_model(recipe: Recipe, base: Path, processor: Any, zero_stage: int) -> nn.Module:
     """Return the model to train. Collective under ZeRO-3."""
     import torch
     import transformers
@@ -42,6 +42,9 @@ def build_model(recipe: Recipe, base: Path, processor: Any) -> nn.Module:
     if not (sys.stderr.isatty() and Topology.from_environment().is_main):
         transformers.utils.logging.disable_progress_bar()
     model = load_model(base, recipe.model)
+    # Under ZeRO-3 each weight must have been partitioned as it was read; a whole model would show as memory only.
+    partitioned = all(hasattr(parameter, "ds_id") for parameter in model.parameters())
+    assert partitioned == (zero_stage == 3), f"ZeRO-{zero_stage}, but partitioned is {partitioned}"
     model.pixel_settings = PixelSettings.of(processor)
     set_activation_checkpointing(model, recipe.model.checkpoint_every)
     torch.manual_seed(recipe.train.seed)  # the adapter starts the same on every rank, world size and stage
@@ -90,12 +93,12 @@ def assemble(
     """Load, shard and connect everything a training step touches. Collective."""
     processor = load_processor(base)
     batches, validation, identity = open_streams(recipe, topology, processor)
-    model = build_model(recipe, base, processor)
+    plugin = accelerator.deepspeed_plugin
+    assert plugin is not None
+    model = build_model(recipe, base, processor, plugin.zero_stage)
     trained = trainable_parameters(model)
     count = sum(getattr(p, "ds_numel", p.numel()) for p in trained.values())
     log.info("training %.3f M parameters in %d tensors", count / 1e6, len(trained))
-    plugin = accelerator.deepspeed_plugin
-    assert plugin is not None
     optimizer = make_optimizer(model, recipe.optim, plugin.deepspeed_config)
     engine, optimizer = accelerator.prepare(model, optimizer)
     total = batches.plan.total_samples

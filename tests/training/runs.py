@@ -34,7 +34,7 @@ def write_recipe(path: Path, base: Path, shards: Path, out: Path, stage: int = 2
             "grad_accum_steps": 4,
             "log_every_steps": 1,
             "checkpoint_every_steps": 3,
-            "timeout_seconds": 60,
+            "timeout_seconds": 200,
             "output_dir": str(out),
         },
         "deepspeed": {"config": str(zero)},
