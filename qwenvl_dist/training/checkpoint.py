@@ -27,6 +27,7 @@ from qwenvl_dist.model.lora import trainable_parameters
 from qwenvl_dist.training.state import data_state, restore_progress
 
 if TYPE_CHECKING:
+    from qwenvl_dist.config import LoraConfig
     from qwenvl_dist.distributed import HostGroup
     from qwenvl_dist.training.state import TrainState
 
@@ -231,6 +232,7 @@ class Checkpoints:
                 f"resume from {folder}: it was trained on base {manifest['base']['path']}, whose files differ from "
                 f"{self.base['path']}; name that base, or start another run in another train.output_dir"
             )
+        require_same_adapter(manifest["lora"], self.state.recipe.lora, folder)
         load_trained_state(self.state.engine, ZeroCheckpoint(folder))
         self.last_saved = self.state.progress.step
         log.info("resumed from %s: step %d", folder, self.state.progress.step)
@@ -251,6 +253,18 @@ class Checkpoints:
             return wanted, manifests.verify(Path(wanted)), ""
         except manifests.InvalidCheckpoint as error:
             return None, {}, f"train.resume = {wanted}: {error}; name a whole step folder, or use auto"
+
+
+def require_same_adapter(written: dict[str, Any] | None, lora: LoraConfig | None, folder: str) -> None:
+    """Raise UserError when the adapter has another shape or scaling than the checkpoint's."""
+    if written is None or lora is None:
+        return  # the names of the trained tensors tell
+    for key in ("rank", "alpha"):
+        if written[key] != getattr(lora, key):
+            raise UserError(
+                f"lora.{key} = {getattr(lora, key)}: the checkpoint {folder} was trained with {written[key]}; "
+                "set it back, or start another run in another train.output_dir"
+            )
 
 
 def load_trained_state(engine: Any, checkpoint: ZeroCheckpoint) -> None:
