@@ -18,6 +18,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from jinja2 import TemplateError
 from torch.utils.data import DataLoader
 from webdataset import filters, handlers
 from webdataset.pipeline import DataPipeline
@@ -71,7 +72,15 @@ class SampleEncoder:
             return replace(self.dummy, bad=sample.bad)
         try:
             return self.encode(sample.raw)
-        except (UnreadableImage, TooLong, ValueError, KeyError, TypeError) as error:
+        except (
+            UnreadableImage,
+            TooLong,
+            TemplateError,
+            ValueError,
+            KeyError,
+            TypeError,
+            AttributeError,
+        ) as error:
             reason = f"no member {error}" if isinstance(error, KeyError) else str(error)
             return replace(self.dummy, bad=BadSampleRecord(sample.shard, sample.raw.key, reason))
 
@@ -132,13 +141,13 @@ class CaptionStream:
         source = PlannedSource(
             self.shards, self.plan, self.layout, self.rank, start=position, steps=self.steps_from(position)
         )
-        pipeline = DataPipeline(
+        pipeline: Any = DataPipeline(
             source,
             filters.map(self.encoder, handler=handlers.reraise_exception),
             filters.batched(self.layout.micro_batch_size, collation_fn=_Collate(self.encoder), partial=False),
         )
         loader = DataLoader(
-            pipeline,
+            pipeline,  # type: ignore[arg-type]  (torch's IterableDataset when there is torch)
             batch_size=None,
             num_workers=self.workers,
             worker_init_fn=_obey_the_rank_alone,
