@@ -318,11 +318,10 @@ _RULES = {  # by pydantic's type of fault; its own words elsewhere
 
 
 def _rule_and_remedy(fault: Any, location: tuple[int | str, ...]) -> str:
-    message = fault["msg"].removeprefix("Value error, ")
     if fault["type"] == "value_error":
-        return message  # our own words say both
+        return fault["msg"].removeprefix("Value error, ")  # our own words say both
     bounds = {k: f"{v:g}" if isinstance(v, float) else v for k, v in fault.get("ctx", {}).items()}
-    rule = _RULES.get(fault["type"], message).format(**bounds)
+    rule = _RULES[fault["type"]].format(**bounds) if fault["type"] in _RULES else fault["msg"]
     if fault["type"] == "literal_error":
         allowed = re.findall(r"'([^']*)'", fault["ctx"]["expected"])
         near = difflib.get_close_matches(str(fault["input"]), allowed, n=1)

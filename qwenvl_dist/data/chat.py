@@ -6,7 +6,7 @@ as the picture gives, counted from its grid, never cut.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -57,6 +57,13 @@ def mrope_positions(is_image: NDArray[np.bool_], grids: Sequence[Grid], merge_si
         cursor = end
     positions[:, cursor:] = np.arange(len(is_image) - cursor) + next_position
     return positions
+
+
+def _texts(messages: list[dict[str, Any]]) -> Iterator[str]:
+    for message in messages:
+        content = message["content"]
+        parts = [{"text": content}] if isinstance(content, str) else content
+        yield from (part["text"] for part in parts if "text" in part)
 
 
 class ChatEncoder:
@@ -129,7 +136,14 @@ class ChatEncoder:
         return ids[keep], learned[keep]
 
     def encode(self, messages: list[dict[str, Any]], grids: Sequence[Grid]) -> EncodedChat:
-        """Encode a whole conversation for training. Raises TooLong, or ValueError when pictures and text disagree."""
+        """Encode a whole conversation for training.
+
+        Raises TooLong, or ValueError when pictures and text disagree or a text would begin or end a turn by itself.
+        """
+        for text in _texts(messages):
+            for token in ("<|im_start|>", "<|im_end|>"):
+                if token in text:
+                    raise ValueError(f"a text holds {token!r}, which would begin or end a turn")
         ids, learned = self._cut(*self._widen(*self._tokenize(self.render(messages)), grids))
         positions = mrope_positions(ids == self.image_token, grids, self.merge_size)
         return EncodedChat(ids, np.where(learned, ids, IGNORE), positions)

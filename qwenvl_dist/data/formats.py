@@ -102,6 +102,8 @@ def parse_sample_json(data: bytes, num_images: int | None = None) -> dict[str, A
                 placeholders += 1
             elif kind != "text" or not isinstance(part.get("text"), str):
                 raise ValueError(f"messages[{number}] has a part that is neither an image nor a text")
+            elif not _is_unicode(part["text"]):
+                raise ValueError(f"messages[{number}] holds half a character (a lone surrogate)")
         answers += message["role"] == "assistant"
     if not answers:
         raise ValueError("no message of the assistant, so nothing to learn")

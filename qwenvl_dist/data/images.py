@@ -87,10 +87,12 @@ def decode(data: bytes) -> NDArray[np.uint8]:
     """Return (height, width, 3) uint8 RGB. Raises UnreadableImage with the decoder's reason."""
     if simplejpeg.is_jpeg(data):
         try:
-            height, width, colours, _ = simplejpeg.decode_jpeg_header(data)
+            height, width, colours = simplejpeg.decode_jpeg_header(data)[:3]
             # Simplejpeg's colour conversion and upsampling are libjpeg-turbo's defaults, as in Pillow: equal pixels.
             # It has no limit of size; Pillow below refuses what is beyond its own.
-            if colours in ("YCbCr", "Gray") and height * width <= (Image.MAX_IMAGE_PIXELS or math.inf):
+            if colours in ("YCbCr", "Gray") and int(height) * int(width) <= (
+                Image.MAX_IMAGE_PIXELS or math.inf
+            ):
                 return simplejpeg.decode_jpeg(data, colorspace="RGB", fastdct=False, fastupsample=False)
         except ValueError:
             pass  # strict about flaws that Pillow tolerates; Pillow's answer below decides
@@ -102,7 +104,8 @@ def decode(data: bytes) -> NDArray[np.uint8]:
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise UnreadableImage(f"too large: {error}") from error
     except UnidentifiedImageError as error:
-        raise UnreadableImage("not a picture" if data else "an empty file") from error
+        reason = "not a picture" if data else "an empty file"
+        raise UnreadableImage(f"cannot be decoded: {reason}") from error
     except Exception as error:  # Pillow's parsers raise whatever damaged bytes lead them to
         raise UnreadableImage(f"cannot be decoded: {str(error) or type(error).__name__}") from error
 

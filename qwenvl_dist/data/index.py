@@ -31,6 +31,7 @@ import numpy as np
 from PIL import Image
 
 from qwenvl_dist.errors import UserError
+from qwenvl_dist.files import write_atomic
 
 INDEX_FORMAT = "qwenvl-dist-index"
 MANIFEST_FORMAT = "qwenvl-dist-shards"
@@ -414,38 +415,12 @@ class Manifest:
         }
 
 
-def write_atomic(path: Path, data: bytes) -> None:
-    """Write a file so that a crash leaves the old one or the new one, both whole."""
-    temporary = path.with_name(path.name + ".tmp")
-    with temporary.open("wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
-    sync_folder(path.parent)
-
-
-def sync_folder(folder: Path) -> None:
-    """Make renames in `folder` survive a power cut."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
 def split_member_name(name: str) -> tuple[str, str] | None:
     """Return (key, extension) as webdataset splits a member's name, None for a member that it passes over."""
     if re.match(r"__[^/]*__($|/)", name):
         return None
     match = _KEY_AND_EXTENSION.fullmatch(name)
     return (match.group(1), match.group(2).lower()) if match else None
-
-
-def sha256_of(path: Path) -> str:
-    """Return the sha256 of a file, in hex."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _walk(file: Any, tar: Path) -> Iterator[tuple[str, str, int, int]]:

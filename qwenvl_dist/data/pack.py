@@ -31,12 +31,10 @@ from qwenvl_dist.data.index import (
     index_path,
     load_shard_index,
     probe_image,
-    sha256_of,
-    sync_folder,
-    write_atomic,
 )
 from qwenvl_dist.data.parallel import map_in_order
 from qwenvl_dist.errors import UserError
+from qwenvl_dist.files import fsync, sha256_of, write_atomic
 
 # Marks a folder whose packing has begun and not ended; locked while a packer is at work.
 UNFINISHED_NAME = "packing.lock"
@@ -320,7 +318,7 @@ def _write_shard(tar: Path, samples: Iterable[dict[str, Any]]) -> ShardIndex:
     index = build_shard_index(temporary, tar.name)
     write_atomic(index_path(tar), index.to_bytes())
     temporary.replace(tar)
-    sync_folder(tar.parent)
+    fsync(tar.parent)
     return index
 
 

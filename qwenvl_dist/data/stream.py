@@ -8,7 +8,6 @@ Stages of the webdataset pipeline that each loader worker runs:
 
 from __future__ import annotations
 
-import json
 import os
 import signal
 import threading
@@ -18,13 +17,13 @@ from typing import Any
 
 import numpy as np
 import torch
-from jinja2 import TemplateError
 from torch.utils.data import DataLoader
 from webdataset import filters, handlers
 from webdataset.pipeline import DataPipeline
 
 from qwenvl_dist.data.batch import BadSampleRecord, CaptionBatch, Example, collate
 from qwenvl_dist.data.chat import IGNORE, ChatEncoder, Grid, TooLong
+from qwenvl_dist.data.formats import parse_sample_json
 from qwenvl_dist.data.images import ImageSizeRule, UnreadableImage, decode, resize
 from qwenvl_dist.data.index import RawSample
 from qwenvl_dist.data.plan import RunPlan, StepLayout
@@ -60,7 +59,7 @@ class SampleEncoder:
 
     def encode(self, raw: RawSample) -> Example:
         """Encode one sample. Raises UnreadableImage, TooLong, or ValueError for a damaged record."""
-        messages = json.loads(raw.json)["messages"]
+        messages = parse_sample_json(raw.json, len(raw.images))["messages"]
         pictures = [self.picture(data) for data in raw.images]
         grids = tuple(grid for _, grid in pictures)
         pixels = np.concatenate([p for p, _ in pictures]) if pictures else np.zeros(0, np.uint8)
@@ -72,17 +71,8 @@ class SampleEncoder:
             return replace(self.dummy, bad=sample.bad)
         try:
             return self.encode(sample.raw)
-        except (
-            UnreadableImage,
-            TooLong,
-            TemplateError,
-            ValueError,
-            KeyError,
-            TypeError,
-            AttributeError,
-        ) as error:
-            reason = f"no member {error}" if isinstance(error, KeyError) else str(error)
-            return replace(self.dummy, bad=BadSampleRecord(sample.shard, sample.raw.key, reason))
+        except (UnreadableImage, TooLong, ValueError) as error:
+            return replace(self.dummy, bad=BadSampleRecord(sample.shard, sample.raw.key, str(error)))
 
 
 class _Collate:

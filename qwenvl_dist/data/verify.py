@@ -31,11 +31,11 @@ from qwenvl_dist.data.index import (
     index_path,
     parse_shard_index,
     probe_image,
-    sha256_of,
     split_member_name,
 )
 from qwenvl_dist.data.parallel import map_in_order
 from qwenvl_dist.errors import UserError
+from qwenvl_dist.files import sha256_of
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ import numpy as np
 from qwenvl_dist.data.batch import BadSampleRecord
 from qwenvl_dist.data.formats import caption_messages
 from qwenvl_dist.data.images import UnreadableImage, decode
-from qwenvl_dist.data.index import BadSample, write_atomic
+from qwenvl_dist.data.index import BadSample
 from qwenvl_dist.data.plan import RunPlan, StepLayout
 from qwenvl_dist.data.prompts import Asked, PromptBatch, PromptStream
 from qwenvl_dist.data.source import ShardSet
@@ -23,6 +23,7 @@ from qwenvl_dist.errors import CheckFailed, UserError
 from qwenvl_dist.evaluate.compare import Comparison, comparison_page, exact_match
 from qwenvl_dist.evaluate.generate import Captioner
 from qwenvl_dist.evaluate.loss import mean_token_loss
+from qwenvl_dist.files import write_atomic
 from qwenvl_dist.logs import get_logger, progress
 
 log = get_logger(__name__)

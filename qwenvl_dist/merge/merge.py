@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from qwenvl_dist.errors import UserError
+from qwenvl_dist.files import fsync
 from qwenvl_dist.merge.adapter import write_peft_folder
 from qwenvl_dist.merge.apply_lora import (
     TensorPlan,
@@ -279,20 +280,12 @@ def _published_folder(out: Path) -> Iterator[Path]:
             shutil.rmtree(partial, ignore_errors=True)
             raise
         for path in partial.iterdir():
-            _fsync(path)
+            fsync(path)
         os.fsync(lock)
         partial.rename(out)
-        _fsync(out.parent)
+        fsync(out.parent)
     finally:
         os.close(lock)
-
-
-def _fsync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 @contextlib.contextmanager

@@ -20,6 +20,7 @@ from torch import nn
 from qwenvl_dist.checkpoints import manifest as manifests
 from qwenvl_dist.checkpoints.zero import ZeroCheckpoint
 from qwenvl_dist.errors import CheckFailed, UserError
+from qwenvl_dist.files import fsync
 from qwenvl_dist.logs import get_logger
 from qwenvl_dist.model.base_folder import BaseFolder
 from qwenvl_dist.model.load import save_processor
@@ -161,7 +162,7 @@ class Checkpoints:
         mine = {}
         for path in manifests.files_below(partial / manifests.PARTITIONS):
             if _owner(path.name) == self.state.topology.rank:
-                manifests.fsync(path)
+                fsync(path)
                 mine[str(path.relative_to(partial))] = manifests.describe_file(path)
         return mine
 
@@ -177,7 +178,7 @@ class Checkpoints:
         for path in manifests.files_below(partial):
             name = str(path.relative_to(partial))
             if name not in files:
-                manifests.fsync(path)
+                fsync(path)
                 files[name] = manifests.describe_file(path)
         content = {
             "step": state.progress.step,
@@ -202,7 +203,7 @@ class Checkpoints:
             final.rename(stale)
             shutil.rmtree(stale, ignore_errors=True)
         partial.rename(final)
-        manifests.fsync(self.folder)
+        fsync(self.folder)
 
     def _point_best(self, final: Path, val_loss: float | None) -> None:
         if val_loss is None or val_loss != self.state.progress.best_val_loss:

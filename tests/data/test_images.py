@@ -102,7 +102,7 @@ def test_rgb_pictures_are_not_converted() -> None:
 )
 def test_truncated_picture_is_unreadable(options: dict, left: float) -> None:
     data = encode(noise(64, 64), **options)
-    with pytest.raises(UnreadableImage, match=r"cannot be decoded: .+|not a picture"):
+    with pytest.raises(UnreadableImage, match=r"cannot be decoded: .+"):
         decode(data[: int(len(data) * left)])
 
 
@@ -125,7 +125,7 @@ def test_what_is_no_picture_is_unreadable_with_a_reason_that_is_always_the_same(
 
 
 def test_empty_file_is_unreadable() -> None:
-    with pytest.raises(UnreadableImage, match="an empty file"):
+    with pytest.raises(UnreadableImage, match="cannot be decoded: an empty file"):
         decode(b"")
 
 

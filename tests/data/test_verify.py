@@ -13,11 +13,11 @@ from qwenvl_dist.data.index import (
     build_shard_index,
     index_path,
     load_shard_index,
-    sha256_of,
 )
 from qwenvl_dist.data.pack import pack
 from qwenvl_dist.data.verify import Fault, verify
 from qwenvl_dist.errors import UserError
+from qwenvl_dist.files import sha256_of
 
 SHARDS = ["shard-000000.tar", "shard-000001.tar", "shard-000002.tar"]
 KEYS = [f"{i:012d}" for i in range(1, 8)]

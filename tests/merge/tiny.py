@@ -1,6 +1,5 @@
 """A Qwen2-VL of 0.1 M parameters, and what ranks do with it."""
 
-import json
 from pathlib import Path
 from typing import Any
 

@@ -26,11 +26,6 @@ from qwenvl_dist.synthetic.base import (
 from qwenvl_dist.synthetic.scenes import captions, draw_scene, scene
 
 
-@pytest.fixture(scope="module")
-def scenes_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_random_base(tmp_path_factory.mktemp("base") / "scenes", "scenes")
-
-
 def messages(caption: str | None = None) -> list[dict]:
     user = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "COCO Yes:"}]}
     assistant = {"role": "assistant", "content": [{"type": "text", "text": caption}]}
