@@ -40,7 +40,15 @@ def _end(message: str, code: int) -> NoReturn:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; 0 done, 1 the work failed or a check found faults, 2 the command line or recipe is wrong."""
-    args = build_parser().parse_args(argv)
+    parser = build_parser()
+    args, rest = parser.parse_known_args(argv)
+    if hasattr(
+        args, "overrides"
+    ):  # argparse takes no positional after an option: `train RECIPE --dry-run key=value`
+        args.overrides += [text for text in rest if not text.startswith("-")]
+        rest = [text for text in rest if text.startswith("-")]
+    if rest:
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
     try:
         return args.run(args)
     except UserError as error:

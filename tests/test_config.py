@@ -323,6 +323,13 @@ def test_wrong_recipe_ends_with_code_2_and_one_line(
     assert len(ended.stderr.splitlines()) == 1
 
 
+def test_overrides_may_stand_behind_an_option(tmp_path: Path) -> None:
+    ended = run("train", str(write(tmp_path, DATA)), "--dry-run", "train.epochs=3", "lora.rank=4")
+    assert ended.returncode == 0, ended.stderr
+    assert "epochs: 3" in ended.stdout and "rank: 4" in ended.stdout
+    assert run("train", str(write(tmp_path, DATA)), "--dry-runn").returncode == 2
+
+
 def test_wrong_command_line_ends_with_code_2_and_no_traceback() -> None:
     for arguments in ((), ("train",), ("no-such-command",), ("train", "x.yaml", "--no-such-option")):
         ended = run(*arguments)

@@ -8,6 +8,9 @@ Stages of the webdataset pipeline that each loader worker runs:
 
 from __future__ import annotations
 
+import os
+import signal
+import threading
 from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
@@ -82,6 +85,22 @@ class _Collate:
         return collate(examples, self.dummy, self.pad, self.image)
 
 
+def _obey_the_rank_alone(_worker: int) -> None:
+    """Let SIGTERM end this loader worker only when its own rank sends it.
+
+    A launcher or scheduler that stops a job signals whole process groups; the rank still finishes its step and writes a
+    checkpoint, and a worker that died under it would make that an error. Without its rank a worker ends by itself.
+    """
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+
+    def wait() -> None:
+        while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
+            pass
+        os._exit(0)
+
+    threading.Thread(target=wait, daemon=True).start()
+
+
 class CaptionStream:
     """The batches of one rank, from any position on.
 
@@ -121,6 +140,7 @@ class CaptionStream:
             pipeline,  # type: ignore[arg-type]  (torch's IterableDataset when there is torch)
             batch_size=None,
             num_workers=self.workers,
+            worker_init_fn=_obey_the_rank_alone,
             prefetch_factor=2 * self.layout.grad_accum_steps if self.workers else None,
             pin_memory=torch.cuda.is_available(),
             timeout=self.timeout_seconds if self.workers else 0,

@@ -28,6 +28,7 @@ from qwenvl_dist.model.lora import trainable_parameters
 from qwenvl_dist.training.state import data_state, restore_progress
 
 if TYPE_CHECKING:
+    from qwenvl_dist.config import LoraConfig
     from qwenvl_dist.distributed import HostGroup
     from qwenvl_dist.training.state import TrainState
 
@@ -84,6 +85,15 @@ def _only_trained(model: nn.Module) -> Iterator[None]:
         yield
     finally:
         handle.remove()
+
+
+def unused_name(path: Path) -> Path:
+    """Return `path`, with a number behind it when that name is taken."""
+    number, free = 0, path
+    while free.exists():
+        number += 1
+        free = path.with_name(f"{path.name}-{number}")
+    return free
 
 
 def _owner(name: str) -> int:
@@ -232,10 +242,43 @@ class Checkpoints:
                 f"resume from {folder}: it was trained on base {manifest['base']['path']}, whose files differ from "
                 f"{self.base['path']}; name that base, or start another run in another train.output_dir"
             )
+        require_same_adapter(manifest["lora"], self.state.recipe.lora, folder)
         load_trained_state(self.state.engine, ZeroCheckpoint(folder))
+        best = self._set_aside_later() if self.state.topology.is_main else None
+        self.state.progress.best_val_loss = self.state.host.from_main(best)
         self.last_saved = self.state.progress.step
         log.info("resumed from %s: step %d", folder, self.state.progress.step)
         return True
+
+    def _set_aside_later(self) -> float | None:
+        """Move damaged or undone checkpoints of later steps to `discarded/`; return the best validation loss left.
+
+        Rotation would count them among the newest, and the next resume take one of a history that is no more. When the
+        best was among them, `best` points to the best of the others. Rank 0 only.
+        """
+        remaining = []
+        for folder in manifests.step_folders(self.folder):
+            if int(folder.name.removeprefix("step-")) > self.state.progress.step:
+                target = unused_name(self.folder.parent / "discarded" / self.folder.name / folder.name)
+                target.parent.mkdir(parents=True, exist_ok=True)
+                folder.rename(target)
+                log.warning("resume: moved %s, which comes after it, to %s", folder.name, target)
+            else:
+                remaining.append(folder)
+        link = self.folder / manifests.BEST
+        if link.is_symlink() and not link.exists():
+            link.unlink()
+            losses = []
+            for folder in remaining:
+                with contextlib.suppress(manifests.InvalidCheckpoint):
+                    losses.append((manifests.read_manifest(folder)["val_loss"], folder))
+            known = [(loss, folder) for loss, folder in losses if loss is not None]
+            if not known:
+                return None
+            loss, folder = min(known)
+            link.symlink_to(folder.name)
+            return loss
+        return self.state.progress.best_val_loss
 
     def _find(self, wanted: str) -> tuple[str | None, dict[str, Any], str]:
         if wanted == "auto":
@@ -252,6 +295,18 @@ class Checkpoints:
             return wanted, manifests.verify(Path(wanted)), ""
         except manifests.InvalidCheckpoint as error:
             return None, {}, f"train.resume = {wanted}: {error}; name a whole step folder, or use auto"
+
+
+def require_same_adapter(written: dict[str, Any] | None, lora: LoraConfig | None, folder: str) -> None:
+    """Raise UserError when the adapter has another shape or scaling than the checkpoint's."""
+    if written is None or lora is None:
+        return  # the names of the trained tensors tell
+    for key in ("rank", "alpha"):
+        if written[key] != getattr(lora, key):
+            raise UserError(
+                f"lora.{key} = {getattr(lora, key)}: the checkpoint {folder} was trained with {written[key]}; "
+                "set it back, or start another run in another train.output_dir"
+            )
 
 
 def load_trained_state(engine: Any, checkpoint: ZeroCheckpoint) -> None:

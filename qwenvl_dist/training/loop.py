@@ -70,6 +70,7 @@ def train(
             metrics.log_step(rate)
         val_loss, is_best = None, False
         if state.validation and (due(progress.step, recipe.train.eval_every_steps) or state.finished):
+            require_finite(state, result)
             val_loss, is_best = validate(state, metrics)
         if due(progress.step, recipe.train.checkpoint_every_steps) or is_best or state.finished:
             require_finite(state, result)

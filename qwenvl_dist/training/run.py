@@ -101,9 +101,6 @@ def assemble(
     log.info("training %.3f M parameters in %d tensors", count / 1e6, len(trained))
     optimizer = make_optimizer(model, recipe.optim, plugin.deepspeed_config)
     engine, optimizer = accelerator.prepare(model, optimizer)
-    total = batches.plan.total_samples
-    if recipe.train.max_steps is not None:
-        total = min(total, recipe.train.max_steps * batches.layout.global_batch_size)
     return TrainState(
         recipe=recipe,
         accelerator=accelerator,
@@ -115,8 +112,16 @@ def assemble(
         batches=batches,
         validation=validation,
         identity=identity,
-        total_samples=total,
+        total_samples=batches.plan.total_samples,
     )
+
+
+def apply_max_steps(state: TrainState) -> None:
+    """Let the run end after `train.max_steps` optimizer steps, those before a resume counted as they were made."""
+    if state.recipe.train.max_steps is not None:
+        left = max(0, state.recipe.train.max_steps - state.progress.step)
+        end = state.progress.consumed + left * state.batches.layout.global_batch_size
+        state.total_samples = min(state.total_samples, end)
 
 
 def set_aside_earlier_run(run: Path) -> None:
@@ -147,6 +152,7 @@ def run_training(recipe: Recipe) -> None:
     host.barrier()
     checkpoints = Checkpoints(state, base)
     checkpoints.resume()
+    apply_max_steps(state)
     if topology.is_main:
         moved = rewind(run, state.progress.step)
         if moved:
@@ -163,7 +169,8 @@ def run_training(recipe: Recipe) -> None:
     log.info("ready after %.1f s", time.perf_counter() - began)
     try:
         if state.finished:
-            log.info("nothing to do: step %d is the last; raise train.epochs to go on", state.progress.step)
+            limit = "train.epochs" if recipe.train.max_steps is None else "train.max_steps or train.epochs"
+            log.info("nothing to do: step %d is the last; raise %s to go on", state.progress.step, limit)
         else:
             with metrics:
                 train(state, checkpoints, metrics, history, stop)

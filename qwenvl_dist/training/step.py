@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -10,12 +11,15 @@ import torch
 from torch import Tensor
 
 from qwenvl_dist.data.plan import hash_key
+from qwenvl_dist.errors import CheckFailed
+from qwenvl_dist.logs import get_logger
 from qwenvl_dist.model.lora import trainable_parameters
 
 if TYPE_CHECKING:
     from qwenvl_dist.data.batch import CaptionBatch
     from qwenvl_dist.training.state import TrainState
 
+log = get_logger(__name__)
 _DROPOUT_STREAM = 3
 
 
@@ -68,17 +72,36 @@ def train_step(
 
 @torch.no_grad()
 def validation_loss(state: TrainState) -> float:
-    """Return the mean token loss over the validation set, every sample once. Collective."""
+    """Return the mean token loss over the validation set, every sample once. Collective.
+
+    Bad samples are left out and named. Raises CheckFailed when nothing is left and on a loss that is not finite: either
+    would pass for the best there ever was.
+    """
     assert state.validation is not None
     state.engine.eval()
     total = torch.zeros((), dtype=torch.float64, device=state.accelerator.device)
-    tokens = 0
+    tokens, bad = 0, []
     for (batch,) in state.validation.iterate():
+        bad += batch.bad
         total += state.engine(batch=batch.to(state.accelerator.device))
         tokens += batch.target_tokens
     state.engine.train()
-    (all_tokens,) = state.host.sum(tokens)
-    return sum(state.host.gather(total.item())) / max(1, all_tokens)
+    parts = state.host.gather((total.item(), tokens, bad))
+    for record in [record for _, _, part in parts for record in part] if state.topology.is_main else ():
+        log.warning("validation: bad sample %s in %s left out: %s", record.key, record.shard, record.reason)
+    all_tokens = sum(part for _, part, _ in parts)
+    if not all_tokens:
+        raise CheckFailed(
+            f"data.validation = {state.recipe.data.validation}: no sample of it has a token to learn or can be read; "
+            "qwenvl-dist shards verify names what is damaged"
+        )
+    loss = sum(part for part, _, _ in parts) / all_tokens
+    if not math.isfinite(loss):
+        raise CheckFailed(
+            f"step {state.progress.step}: the validation loss is not finite; the last checkpoint is intact, "
+            "lower optim.learning_rate or look at the validation samples"
+        )
+    return loss
 
 
 class GradientCensus:

@@ -69,7 +69,7 @@ def run_train(recipe: str, kill_at_step: int | None = None, kill_rank: int = 0, 
 def _kill_after(out: Path, step: int, number: int) -> None:
     while not any(line.get("step", 0) >= step for line in read_lines(out / "metrics.jsonl")):
         time.sleep(0.005)
-    os.kill(os.getpid(), number)
+    os.killpg(os.getpgrp(), number)  # the loader workers get it too, as from a launcher or scheduler
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
