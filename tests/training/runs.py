@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import subprocess
 import threading
 import time
 from pathlib import Path
@@ -69,7 +70,8 @@ def run_train(recipe: str, kill_at_step: int | None = None, kill_rank: int = 0, 
 def _kill_after(out: Path, step: int, number: int) -> None:
     while not any(line.get("step", 0) >= step for line in read_lines(out / "metrics.jsonl")):
         time.sleep(0.005)
-    os.killpg(os.getpgrp(), number)  # the loader workers get it too, as from a launcher or scheduler
+    # To the whole group, loader workers included, and from another process: as a launcher or scheduler does it.
+    subprocess.run(["kill", f"-{int(number)}", "--", f"-{os.getpgrp()}"], check=False)
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
