@@ -128,7 +128,7 @@ class Checkpoints:
         failure, files = "", {}
         try:
             files = self._write_partitions(partial)
-        except OSError as error:
+        except (OSError, RuntimeError) as error:  # torch's writer says "RuntimeError" for a full disk
             failure = f"rank {state.topology.rank}: {error}"
         answers = state.host.gather((failure, files))
         failures = [failure for failure, _ in answers if failure]

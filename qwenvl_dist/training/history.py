@@ -79,12 +79,13 @@ def rewind(run: Path, step: int) -> int:
         if not path.is_file():
             continue
         kept, late, torn = [], [], 0
-        for line in path.read_text(encoding="utf-8").splitlines():
+        text = path.read_text(encoding="utf-8")
+        for line in text.removesuffix("\n").split("\n") if text else ():  # splitlines() also splits at U+2028
             try:
                 (kept if json.loads(line)["step"] <= step else late).append(line)
             except (json.JSONDecodeError, KeyError, TypeError):
                 torn += 1
-        if not late and not torn:
+        if not late and not torn and (not text or text.endswith("\n")):
             continue
         moved += len(late)
         if late:

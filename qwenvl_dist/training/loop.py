@@ -150,10 +150,18 @@ def handle_bad_samples(state: TrainState, bad: list[Any], history: RunHistory) -
 
 
 def require_finite(state: TrainState, result: StepResult) -> None:
-    """Make sure that the last step's losses are numbers before they are made permanent. Collective."""
-    (broken,) = state.host.sum(int(not result.is_finite))
+    """Make sure that the last step's losses and gradient are numbers before they are made permanent. Collective."""
+    norm = state.engine.get_global_grad_norm()
+    bad_norm = norm is not None and not 0 <= float(norm) < float("inf")  # DeepSpeed says -1 for a NaN
+    broken, bad_norms = state.host.sum(int(not result.is_finite), int(bad_norm))
     if broken:
         raise_not_finite(state, result)
+    if bad_norms:
+        keys = [key for part in state.host.gather(result.keys) for keys in part for key in keys]
+        raise CheckFailed(
+            f"step {state.progress.step}: the gradient is not finite; samples of the step: {', '.join(keys)}; "
+            "the last checkpoint is intact, look at these samples or lower optim.learning_rate"
+        )
 
 
 def raise_not_finite(state: TrainState, result: StepResult | None) -> None:

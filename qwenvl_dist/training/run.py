@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import shutil
 import sys
 import time
@@ -9,11 +10,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qwenvl_dist.data.images import ImageSizeRule
+from qwenvl_dist.data.index import Manifest
 from qwenvl_dist.data.plan import RunPlan, StepLayout
 from qwenvl_dist.data.source import ShardSet
 from qwenvl_dist.data.stream import CaptionStream, SampleEncoder
 from qwenvl_dist.distributed import HostGroup, Topology, start
-from qwenvl_dist.errors import UserError
+from qwenvl_dist.errors import CheckFailed, UserError
 from qwenvl_dist.logs import get_logger
 from qwenvl_dist.model.load import load_model, load_processor, resolve_base
 from qwenvl_dist.model.lora import make_trainable, set_activation_checkpointing, trainable_parameters
@@ -136,9 +138,35 @@ def set_aside_earlier_run(run: Path) -> None:
         log.warning("train.resume=never: moved earlier checkpoints to %s", target)
 
 
+def check_recipe_paths(recipe: Recipe) -> None:
+    """Tell what a look at the disk tells, before ranks are joined and a model is loaded. Raises UserError."""
+    for key in ("train", "validation"):
+        folder = getattr(recipe.data, key)
+        if folder:
+            try:
+                Manifest.load(Path(folder))
+            except UserError as error:
+                raise UserError(f"data.{key}: {error}") from error
+    resume = recipe.train.resume
+    if resume not in ("auto", "never") and not Path(resume).is_dir():
+        raise UserError(f"train.resume = {resume}: no such folder; name a step folder, or use auto or never")
+    if recipe.tracking.mode == "disabled":
+        return
+    for tracker in recipe.tracking.trackers:  # accelerate drops one that is not installed without a word
+        if importlib.util.find_spec(tracker) is None:
+            raise UserError(
+                f"tracking.trackers: {tracker} is not installed; pip install {tracker}, or leave it out"
+            )
+    # swanlab logs this error and goes on without writing anything
+    local_swanlab = recipe.tracking.mode == "local" and "swanlab" in recipe.tracking.trackers
+    if local_swanlab and importlib.util.find_spec("swanboard") is None:
+        raise UserError("tracking.mode = local: needs swanlab[dashboard]; install it, or use mode offline")
+
+
 def run_training(recipe: Recipe) -> None:
     """Train as the recipe says, resuming where an earlier start left off. Collective."""
     began = time.perf_counter()
+    check_recipe_paths(recipe)
     accelerator = start(recipe)
     stop = StopSignal()
     topology = Topology.from_environment()
@@ -175,6 +203,10 @@ def run_training(recipe: Recipe) -> None:
             with metrics:
                 train(state, checkpoints, metrics, history, stop)
             log.info("finished: step %d, checkpoints in %s", state.progress.step, checkpoints.folder)
+    except CheckFailed:
+        for tracker in accelerator.trackers:
+            tracker.finish()
+        raise
     finally:
         history.sync()
     accelerator.end_training()
