@@ -405,6 +405,8 @@ def test_killed_merge_leaves_no_output_and_the_next_one_works(bases, steps, tmp_
         stdout=subprocess.PIPE,
         stderr=subprocess.DEVNULL,
         text=True,
+        # A shell that starts the tests in the background has them ignore SIGINT, and a child inherits that.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL) and None,
     )
     assert process.stdout and "wrote" in process.stdout.readline()
     trained, base = read_trained(steps / "lora-stage2"), BaseFolder(bases["tied"])

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ from safetensors.torch import load_file, save_file
 from qwenvl_dist.data.formats import read_coco_captions
 from qwenvl_dist.data.index import Manifest, index_path, load_shard_index
 from qwenvl_dist.data.pack import pack
+from qwenvl_dist.files import sha256_of
 from qwenvl_dist.synthetic.scenes import write_scenes
 from tests.training.runs import ledger, losses, read_lines, train, write_recipe
 
@@ -99,6 +101,11 @@ def damaged(tmp_path: Path, scene_shards: Path) -> tuple[Path, set[str]]:
     record["members"]["jpg"][2] = f"{zlib.crc32(data[member.offset : member.offset + member.size]):08x}"
     lines[1 + 4] = json.dumps(record)
     index_path(cut).write_text("\n".join(lines) + "\n")
+    entries = [
+        replace(entry, index_sha256=sha256_of(index_path(cut))) if entry.name == cut.name else entry
+        for entry in manifest.shards
+    ]
+    Manifest(entries).write(shards)
     return shards, {index.keys[2], other.keys[4]}
 
 
