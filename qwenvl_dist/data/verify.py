@@ -119,7 +119,7 @@ def _verify_shard(folder: Path, task: tuple[str, ShardEntry | None]) -> _Finding
 def _check_shard(tar: Path, entry: ShardEntry | None) -> tuple[ShardIndex | None, list[Fault]]:
     """Return the best index to be had, and the faults. `entry` is the manifest's, if there is one."""
     name = tar.name
-    stored, stored_bytes, index_fault = _stored_index(tar, entry)
+    stored, index_fault = _stored_index(tar, entry)
     if not tar.exists():
         faults = [Fault(name, None, index_fault)] if index_fault else []
         keys = (stored.keys if stored is not None else []) or [None]
@@ -133,12 +133,9 @@ def _check_shard(tar: Path, entry: ShardEntry | None) -> tuple[ShardIndex | None
     index = stored
     if index_fault is not None:
         index = rebuilt or stored
-        lines = set(stored_bytes.decode(errors="replace").splitlines())
-        if rebuilt is not None and lines:
-            pairs = zip(rebuilt.keys, list(rebuilt.lines())[1:], strict=True)
-            faults = [
-                Fault(name, key, "damaged line in the index") for key, line in pairs if line not in lines
-            ]
+        if rebuilt is not None and stored is not None and len(stored) == len(rebuilt):
+            differing = [i for i in range(len(stored)) if stored.sample(i) != rebuilt.sample(i)]
+            faults = [Fault(name, rebuilt.keys[i], "its entry in the index is damaged") for i in differing]
         faults = faults or [Fault(name, None, index_fault)]
     if index is None:
         return None, [*faults, Fault(name, None, tar_fault or "cannot be read")]
@@ -160,22 +157,22 @@ def _check_shard(tar: Path, entry: ShardEntry | None) -> tuple[ShardIndex | None
     return index, faults
 
 
-def _stored_index(tar: Path, entry: ShardEntry | None) -> tuple[ShardIndex | None, bytes, str | None]:
-    """Return (index, its bytes, fault) of the index file as far as it can be read."""
+def _stored_index(tar: Path, entry: ShardEntry | None) -> tuple[ShardIndex | None, str | None]:
+    """Return (index, fault) of the index file as far as it can be read."""
     path = index_path(tar)
     try:
         data = path.read_bytes()
     except FileNotFoundError:
-        return None, b"", f"missing index file {path.name}"
+        return None, f"missing index file {path.name}"
     except OSError as error:
-        return None, b"", f"the index cannot be read ({error.strerror})"
+        return None, f"the index cannot be read ({error.strerror})"
     try:
         index = parse_shard_index(data, path.name)
     except UserError as error:
-        return None, data, str(error)
+        return None, str(error)
     if entry is not None and hashlib.sha256(data).hexdigest() != entry.index_sha256:
-        return index, data, f"{path.name} is not the index that the manifest names (sha256 differs)"
-    return index, data, None
+        return index, f"{path.name} is not the index that the manifest names (sha256 differs)"
+    return index, None
 
 
 def _content_fault(tar: Path, entry: ShardEntry | None) -> str | None:
@@ -284,7 +281,7 @@ def _duplicate_keys(folder: Path, findings: list[_Findings]) -> list[Fault]:
 
 
 def _any_index(tar: Path) -> ShardIndex | None:
-    index, _, _ = _stored_index(tar, None)
+    index, _ = _stored_index(tar, None)
     if index is None:
         try:
             index = build_shard_index(tar)

@@ -5,10 +5,13 @@ import pickle
 import tarfile
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 from made_coco import jpeg
+from safetensors import safe_open
 
 from qwenvl_dist.data.formats import caption_messages
 from qwenvl_dist.data.index import (
@@ -56,20 +59,57 @@ def test_index_tells_where_members_lie_and_what_they_are(tmp_path):
     assert index.num_bytes == len(content)
 
 
-def test_index_file_reads_back_equal_and_has_the_agreed_lines(tmp_path):
+def test_index_file_reads_back_equal_and_is_a_safetensors_file(tmp_path):
     index = build_shard_index(make_tar(tmp_path / "a.tar"))
-    header, first, *_ = map(json.loads, index.to_bytes().splitlines())
-    assert header == {
-        "format": "qwenvl-dist-index",
-        "version": 1,
+    path = tmp_path / "a.tar.idx"
+    path.write_bytes(index.to_bytes())
+    with safe_open(path, "numpy") as file:
+        [(name, metadata)] = file.metadata().items()
+        assert file.get_tensor("sizes")[0] == len(jpeg(0, width=20, height=10))
+    assert name == "qwenvl-dist-index"
+    assert json.loads(metadata) == {
+        "version": 2,
         "shard": "a.tar",
         "bytes": index.num_bytes,
         "samples": 3,
+        "extensions": ["jpg", "json"],
     }
-    member = index.members(0)["jpg"]
-    assert first["members"]["jpg"] == [member.offset, member.size, f"{member.crc32:08x}"]
-    assert first["images"] == [[20, 10]]
-    assert parse_shard_index(index.to_bytes(), "a").to_bytes() == index.to_bytes()
+    again = parse_shard_index(index.to_bytes(), "a")
+    assert again.to_bytes() == index.to_bytes()
+    assert [again.sample(i) for i in range(3)] == [index.sample(i) for i in range(3)]
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"offsets": np.array([0, 1024, 2048, 4096, 5120, 6144])},
+        {"sizes": np.array([1, 1, 1, 1, 1, 100 << 30])},
+        {"sizes": np.array([1, 1, 1, 1, 1, -1])},
+        {"sizes": np.array([1, 1, 1, 1, 1, 2**63 - 1])},
+        {"offsets": np.arange(512, 517)},
+        {"member_starts": np.array([0, 2, 1, 6])},
+        {"member_starts": np.array([1, 2, 4, 6])},
+        {"image_starts": np.array([0, 1, 2, 4])},
+        {"extension_ids": np.array([0, 1, 0, 1, 0, 2])},
+        {"extension_ids": np.array([0, 1, 0, 1, 0, -1])},
+        {"caption_lengths": np.array([1, 2])},
+        {"keys": ["k0", "k1"]},
+        {"image_sizes": np.zeros((3, 3))},
+    ],
+)
+def test_an_index_that_points_elsewhere_is_refused(tmp_path, change):
+    index = build_shard_index(make_tar(tmp_path / "a.tar"))
+    with pytest.raises(UserError, match="damaged"):
+        parse_shard_index(replace(index, **change).to_bytes(), "a")
+
+
+def test_an_index_of_another_version_or_kind_is_refused(tmp_path):
+    data = build_shard_index(make_tar(tmp_path / "a.tar")).to_bytes()
+    with pytest.raises(UserError, match="has version 3, this program reads 2"):
+        parse_shard_index(data.replace(b'version\\":2', b'version\\":3'), "a")
+    for other in (b"", b"{}", b'{"format":"qwenvl-dist-index","version":1}\n', data[:60], data[:-1]):
+        with pytest.raises(UserError, match=r"is not a shard index|damaged"):
+            parse_shard_index(other, "a")
 
 
 def test_long_names_of_foreign_tars_are_indexed(tmp_path):

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import zlib
 from dataclasses import replace
 from pathlib import Path
 
@@ -94,13 +95,9 @@ def damaged(tmp_path: Path, scene_shards: Path) -> tuple[Path, set[str]]:
     middle = member.offset + member.size // 2
     data[middle : member.offset + member.size] = bytes(member.offset + member.size - middle)
     cut.write_bytes(data)
-    lines = index_path(cut).read_text().splitlines()  # as if it had been packed cut: its checksum fits
-    import zlib
-
-    record = json.loads(lines[1 + 4])
-    record["members"]["jpg"][2] = f"{zlib.crc32(data[member.offset : member.offset + member.size]):08x}"
-    lines[1 + 4] = json.dumps(record)
-    index_path(cut).write_text("\n".join(lines) + "\n")
+    crcs = other.crcs.copy()  # as if it had been packed cut: its checksum fits
+    crcs[other.offsets == member.offset] = zlib.crc32(data[member.offset : member.offset + member.size])
+    index_path(cut).write_bytes(replace(other, crcs=crcs).to_bytes())
     entries = [
         replace(entry, index_sha256=sha256_of(index_path(cut))) if entry.name == cut.name else entry
         for entry in manifest.shards
