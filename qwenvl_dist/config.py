@@ -109,6 +109,8 @@ class DataConfig(_Section):
     workers: Annotated[int, Field(ge=0)] = 2  # loader processes per rank
     seed: Seed = 0
     shuffle_window: Annotated[int, Field(ge=1)] = 64  # shards mixed at a time
+    # Samples of a global batch are dealt by length into micro-batches: less padding, the same gradient.
+    length_grouping: bool = True
     ledger: bool = False  # write the sample keys of every step
     bad_sample_budget: Annotated[float, Field(ge=0, le=1)] = (
         0.001  # share of the data set that may be unreadable

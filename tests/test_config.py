@@ -214,8 +214,8 @@ def test_defaults_are_the_articles_run(tmp_path: Path) -> None:
     )  # fmt: skip
     assert recipe.to_dict()["data"] == {
         "train": "shards", "validation": None, "image_size": 280, "resize": "exact", "max_length": 8192,
-        "micro_batch_size": 4, "workers": 2, "seed": 0, "shuffle_window": 64, "ledger": False,
-        "bad_sample_budget": 0.001,
+        "micro_batch_size": 4, "workers": 2, "seed": 0, "shuffle_window": 64,
+        "length_grouping": True, "ledger": False, "bad_sample_budget": 0.001,
     }  # fmt: skip
     optim, train = recipe.optim, recipe.train
     assert (optim.learning_rate, optim.warmup_ratio, optim.schedule) == (1e-4, 0.03, "cosine")

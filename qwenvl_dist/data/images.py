@@ -62,6 +62,16 @@ class ImageSizeRule:
             rounded_w = math.ceil(width * grow / factor) * factor
         return rounded_h, rounded_w
 
+    def visual_tokens(self, width: int, height: int) -> int:
+        """Return how many tokens a picture of this size becomes, 0 for one that is refused."""
+        if not width or not height:
+            return 0
+        try:
+            target_height, target_width = self.target(width, height)
+        except UnreadableImage:
+            return 0
+        return target_height * target_width // self.factor**2
+
     @classmethod
     def of(cls, image_size: int | PixelRange, processor: Any, name: str = "data.image_size") -> ImageSizeRule:
         """Return the rule of `image_size` in this model's units. Raises UserError, by `name`, where they do not fit."""

@@ -340,7 +340,7 @@ class ShardReader:
         self.close()
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class ShardEntry:
     """One shard in the manifest."""
 

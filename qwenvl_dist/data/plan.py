@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,6 +23,7 @@ PLAN_VERSION = 1  # raise it when an order changes: checkpoints carry it
 
 Int64 = NDArray[np.int64]
 UInt64 = NDArray[np.uint64]
+Number = TypeVar("Number", int, Int64)
 
 _GOLDEN = 0x9E3779B97F4A7C15
 _MASK = (1 << 64) - 1
@@ -109,7 +111,6 @@ class EpochOrder:
 class Place:
     """Where the sample of one position lies."""
 
-    epoch: int
     shard: int  # index into the manifest's shards
     sample: int  # index into the shard
 
@@ -130,25 +131,39 @@ class RunPlan:
         self._seed, self._window, self._shuffle = seed, window, shuffle
         self.samples_per_epoch = int(self._sizes.sum())
         self.total_samples = self.samples_per_epoch * epochs
-        self._cached: tuple[int, EpochOrder] | None = None
+        self._orders: dict[int, EpochOrder] = {}
 
-    def _order(self, epoch: int) -> EpochOrder:
-        if self._cached is None or self._cached[0] != epoch:
-            order = EpochOrder(self._sizes, self._seed, epoch, self._window, self._shuffle)
-            self._cached = (epoch, order)
-        return self._cached[1]
+    def order(self, epoch: int) -> EpochOrder:
+        """Return the order of an epoch; those of the last two asked for are kept."""
+        if epoch not in self._orders:
+            while len(self._orders) > 1:
+                del self._orders[next(iter(self._orders))]
+            self._orders[epoch] = EpochOrder(self._sizes, self._seed, epoch, self._window, self._shuffle)
+        return self._orders[epoch]
+
+    def find(self, positions: Int64) -> tuple[Int64, Int64]:
+        """Return (shard, sample inside the shard) of each position; -1, -1 where the run has ended."""
+        shards, samples = np.full((2, len(positions)), -1, np.int64)
+        inside = np.flatnonzero(positions < self.total_samples)
+        epochs, offsets = np.divmod(positions[inside], max(1, self.samples_per_epoch))
+        for epoch in np.unique(epochs).tolist():
+            here = epochs == epoch
+            shards[inside[here]], samples[inside[here]] = self.order(epoch).locate(offsets[here])
+        return shards, samples
 
     def locate(self, start: int, count: int) -> list[Place | None]:
         """Return the places of positions start .. start + count - 1; None where the run has ended."""
-        places: list[Place | None] = []
-        position, end = start, min(start + count, self.total_samples)
-        while position < end:
-            epoch, offset = divmod(position, self.samples_per_epoch)
-            here = min(end - position, self.samples_per_epoch - offset)
-            shards, samples = self._order(epoch).locate(np.arange(offset, offset + here, dtype=np.int64))
-            places += [Place(epoch, int(s), int(i)) for s, i in zip(shards, samples, strict=True)]
-            position += here
-        return places + [None] * (count - len(places))
+        pairs = zip(*self.find(np.arange(start, start + count, dtype=np.int64)), strict=True)
+        return [Place(int(shard), int(sample)) if shard >= 0 else None for shard, sample in pairs]
+
+
+def deal_by_length(lengths: Int64) -> Int64:
+    """Return in which order the slots of each global batch are dealt, shortest first.
+
+    Micro-batches of alike samples need less padding, and ranks that are at the same accumulation step get neighbours.
+    Which samples a step takes is untouched, hence its gradient too. (steps, G) -> (steps, G), a permutation per row.
+    """
+    return np.argsort(lengths, axis=1, kind="stable")
 
 
 @dataclass(frozen=True)
@@ -168,7 +183,7 @@ class StepLayout:
         """Samples that one optimizer step consumes, over all ranks."""
         return self.world_size * self.micro_batch_size * self.grad_accum_steps
 
-    def micro_batch(self, rank: int, accumulation: int) -> int:
+    def micro_batch(self, rank: int, accumulation: Number) -> Number:
         """Return the number of this micro-batch inside its step, over all ranks."""
         return accumulation * self.world_size + rank
 

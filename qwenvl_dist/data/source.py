@@ -3,15 +3,25 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 from torch.utils.data import IterableDataset, get_worker_info
 
 from qwenvl_dist.data.batch import BadSampleRecord
-from qwenvl_dist.data.index import BadSample, Manifest, RawSample, ShardReader, index_path, load_shard_index
-from qwenvl_dist.data.plan import Place, RunPlan, StepLayout
+from qwenvl_dist.data.index import (
+    BadSample,
+    Manifest,
+    RawSample,
+    ShardIndex,
+    ShardReader,
+    index_path,
+    load_shard_index,
+)
+from qwenvl_dist.data.plan import Int64, Place, RunPlan, StepLayout, deal_by_length
+from qwenvl_dist.errors import UserError
 
 
 class ShardSet:
@@ -48,6 +58,54 @@ class ShardSet:
             name = self.manifest.shards[place.shard].name
             raise BadSample(name, f"#{place.sample}", f"shard cannot be opened: {error}") from error
 
+    def index(self, shard: int) -> ShardIndex:
+        """Return a shard's index. Raises UserError or OSError when it cannot be read."""
+        return self._reader(shard).index
+
+
+class SampleLengths:
+    """About how many tokens each sample has, from the index alone: nothing is decoded.
+
+    Visual tokens are exact; text counts as characters / 4.5, the English captions' average under Qwen2's tokenizer.
+    """
+
+    CHARACTERS_PER_TOKEN = 4.5
+
+    def __init__(self, shards: ShardSet, visual_tokens: Callable[[int, int], int]) -> None:
+        self.shards, self.visual_tokens = shards, visual_tokens
+        self._by_shard: OrderedDict[int, Int64] = OrderedDict()
+
+    def of(self, shards: Int64, samples: Int64) -> Int64:
+        """Return the (n,) lengths of samples; 0 where the shard is -1."""
+        lengths = np.zeros(len(shards), np.int64)
+        for shard in np.unique(shards[shards >= 0]).tolist():
+            here = shards == shard
+            lengths[here] = self._shard(shard)[samples[here]]
+        return lengths
+
+    def _shard(self, shard: int) -> Int64:
+        lengths = self._by_shard.pop(shard, None)
+        if lengths is None:
+            lengths = self._measure(shard)
+            while len(self._by_shard) >= self.shards.keep_open:
+                self._by_shard.popitem(last=False)
+        self._by_shard[shard] = lengths
+        return lengths
+
+    def _measure(self, shard: int) -> Int64:
+        try:
+            index = self.shards.index(shard)
+        except (OSError, UserError) as error:
+            # Ranks that deal by different lengths would take other samples: no rank may guess.
+            raise UserError(
+                f"data.length_grouping: needs every shard's index, but {error}; or set it to false"
+            ) from error
+        sizes, which = np.unique(index.image_sizes, axis=0, return_inverse=True)
+        visual = np.array([self.visual_tokens(w, h) for w, h in sizes.tolist()], np.int64)[which.reshape(-1)]
+        until = np.concatenate([[0], np.cumsum(visual)])
+        visual = until[index.image_starts[1:]] - until[index.image_starts[:-1]]
+        return visual + (index.caption_lengths / self.CHARACTERS_PER_TOKEN).astype(np.int64)
+
 
 @dataclass(frozen=True)
 class PlannedSample:
@@ -62,29 +120,51 @@ class PlannedSource(IterableDataset):
     """Samples of one rank in planned order, `micro_batch_size` after one another for each micro-batch.
 
     Worker w of W yields the micro-batches w, w + W, ... of this rank. DataLoader takes from its workers in turn, so the
-    order that arrives does not depend on W.
+    order that arrives does not depend on W. With `lengths` the samples of each global batch are dealt by length.
     """
 
+    BLOCK = 1024  # positions that are looked up at once
+
     def __init__(
-        self, shards: ShardSet, plan: RunPlan, layout: StepLayout, rank: int, start: int, steps: int
+        self,
+        shards: ShardSet,
+        plan: RunPlan,
+        layout: StepLayout,
+        rank: int,
+        start: int,
+        steps: int,
+        lengths: SampleLengths | None = None,
     ) -> None:
         self.shards, self.plan, self.layout, self.rank = shards, plan, layout, rank
-        self.start, self.steps = start, steps
+        self.start, self.steps, self.lengths = start, steps, lengths
 
     def __iter__(self) -> Iterator[PlannedSample]:
         worker = get_worker_info()
         first, stride = (worker.id, worker.num_workers) if worker else (0, 1)
         layout = self.layout
-        for number in range(first, self.steps * layout.grad_accum_steps, stride):
-            step, accumulation = divmod(number, layout.grad_accum_steps)
-            micro_batch = layout.micro_batch(self.rank, accumulation)
-            position = self.start + step * layout.global_batch_size + micro_batch * layout.micro_batch_size
-            for place in self.plan.locate(position, layout.micro_batch_size):
-                yield self._read(place)
+        numbers = np.arange(first, self.steps * layout.grad_accum_steps, stride)
+        per_number = layout.global_batch_size if self.lengths else layout.micro_batch_size
+        block = max(1, self.BLOCK // per_number)
+        for begin in range(0, len(numbers), block):
+            positions = self._positions(numbers[begin : begin + block]).reshape(-1)
+            for shard, sample in zip(*map(np.ndarray.tolist, self.plan.find(positions)), strict=True):
+                yield self._read(Place(shard, sample)) if shard >= 0 else PlannedSample()
 
-    def _read(self, place: Place | None) -> PlannedSample:
-        if place is None:
-            return PlannedSample()
+    def _positions(self, numbers: Int64) -> Int64:
+        """Return the (n, micro_batch_size) positions of this rank's micro-batches of these numbers."""
+        layout, size = self.layout, self.layout.global_batch_size
+        steps, accumulations = np.divmod(numbers, layout.grad_accum_steps)
+        first = layout.micro_batch_size * layout.micro_batch(self.rank, accumulations)
+        slots = first[:, None] + np.arange(layout.micro_batch_size)
+        if self.lengths is None:
+            return self.start + steps[:, None] * size + slots
+        steps, row = np.unique(steps, return_inverse=True)
+        positions = self.start + steps[:, None] * size + np.arange(size)
+        lengths = self.lengths.of(*self.plan.find(positions.reshape(-1))).reshape(positions.shape)
+        row = row.reshape(-1, 1)
+        return positions[row, deal_by_length(lengths)[row, slots]]
+
+    def _read(self, place: Place) -> PlannedSample:
         shard = self.shards.manifest.shards[place.shard].name
         try:
             return PlannedSample(shard, raw=self.shards.read(place))

@@ -27,7 +27,8 @@ from qwenvl_dist.data.formats import parse_sample_json
 from qwenvl_dist.data.images import ImageSizeRule, UnreadableImage, decode, resize
 from qwenvl_dist.data.index import RawSample
 from qwenvl_dist.data.plan import RunPlan, StepLayout
-from qwenvl_dist.data.source import PlannedSample, PlannedSource, ShardSet
+from qwenvl_dist.data.source import PlannedSample, PlannedSource, SampleLengths, ShardSet
+from qwenvl_dist.errors import UserError
 
 
 class SampleEncoder:
@@ -101,6 +102,14 @@ def _obey_the_rank_alone(_worker: int) -> None:
     threading.Thread(target=wait, daemon=True).start()
 
 
+def _plain_errors(loader: DataLoader) -> Iterator[CaptionBatch]:
+    """Yield the batches; a UserError of a worker comes without the worker's traceback in its text."""
+    try:
+        yield from loader
+    except UserError as error:
+        raise UserError(str(error).strip().rpartition("UserError: ")[2]) from error
+
+
 class CaptionStream:
     """The batches of one rank, from any position on.
 
@@ -118,9 +127,11 @@ class CaptionStream:
         rank: int,
         workers: int,
         timeout_seconds: float = 0,
+        length_grouping: bool = False,
     ) -> None:
         self.shards, self.plan, self.layout, self.encoder = shards, plan, layout, encoder
         self.rank, self.workers, self.timeout_seconds = rank, workers, timeout_seconds
+        self.lengths = SampleLengths(shards, encoder.size_rule.visual_tokens) if length_grouping else None
 
     def steps_from(self, position: int) -> int:
         """Return how many optimizer steps are left when `position` samples have been consumed."""
@@ -129,7 +140,13 @@ class CaptionStream:
     def iterate(self, position: int = 0) -> Iterator[list[CaptionBatch]]:
         """Yield the micro-batches of each optimizer step, from `position` to the end of the plan."""
         source = PlannedSource(
-            self.shards, self.plan, self.layout, self.rank, start=position, steps=self.steps_from(position)
+            self.shards,
+            self.plan,
+            self.layout,
+            self.rank,
+            start=position,
+            steps=self.steps_from(position),
+            lengths=self.lengths,
         )
         pipeline: Any = DataPipeline(
             source,
@@ -146,7 +163,7 @@ class CaptionStream:
             timeout=self.timeout_seconds if self.workers else 0,
         )
         step: list[CaptionBatch] = []
-        for batch in loader:
+        for batch in _plain_errors(loader):
             step.append(batch)
             if len(step) == self.layout.grad_accum_steps:
                 yield step

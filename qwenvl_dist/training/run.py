@@ -71,6 +71,7 @@ def open_streams(
         "rank": topology.rank,
         "workers": data.workers,
         "timeout_seconds": train_config.timeout_seconds,
+        "length_grouping": data.length_grouping,
     }
     batches = CaptionStream(shards, plan, layout, encoder, **options)
     identity = DataIdentity(

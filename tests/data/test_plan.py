@@ -5,7 +5,16 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from qwenvl_dist.data.plan import PLAN_VERSION, EpochOrder, Place, RunPlan, StepLayout, hash_key, permute
+from qwenvl_dist.data.plan import (
+    PLAN_VERSION,
+    EpochOrder,
+    Place,
+    RunPlan,
+    StepLayout,
+    deal_by_length,
+    hash_key,
+    permute,
+)
 
 MASK = (1 << 64) - 1
 GOLDEN = 0x9E3779B97F4A7C15
@@ -20,7 +29,11 @@ def permutation(size: int, key: int) -> list[int]:
 def order(sizes: list[int], **options: int) -> list[tuple[int, int, int]]:
     plan = RunPlan(sizes, **options)
     places = plan.locate(0, plan.total_samples)
-    return [(place.epoch, place.shard, place.sample) for place in places if place is not None]
+    return [
+        (position // plan.samples_per_epoch, place.shard, place.sample)
+        for position, place in enumerate(places)
+        if place is not None
+    ]
 
 
 # --- the arithmetic, written a second time with Python's own integers ---
@@ -185,9 +198,26 @@ def test_samples_of_a_window_are_mixed_across_its_shards() -> None:
 
 
 def test_a_far_position_is_found_without_walking_there() -> None:
-    plan = RunPlan(np.full(20_000, 1000), seed=0, window=64, epochs=1000)
+    sizes = np.full(20_000, 1000)
+    plan = RunPlan(sizes, seed=0, window=64, epochs=1000)
     [place] = plan.locate(plan.total_samples - 1, 1)
-    assert isinstance(place, Place) and place.epoch == 999
+    shards, samples = EpochOrder(sizes, 0, 999, 64).locate(np.array([sizes.sum() - 1]))
+    assert place == Place(shards[0], samples[0])
+
+
+@given(sizes=SHARD_SIZES, positions=st.lists(st.integers(0, 90), max_size=40), seed=st.integers(0, 5))
+def test_positions_are_found_in_any_order_and_number(
+    sizes: list[int], positions: list[int], seed: int
+) -> None:
+    plan = RunPlan(sizes, seed=seed, window=3, epochs=3)
+    line = [(p.shard, p.sample) if p else (-1, -1) for p in plan.locate(0, 91)]
+    shards, samples = plan.find(np.array(positions, np.int64))
+    assert list(zip(shards.tolist(), samples.tolist(), strict=True)) == [line[p] for p in positions]
+
+
+def test_dealing_by_length_is_a_permutation_of_each_step_and_keeps_ties_in_order() -> None:
+    lengths = np.array([[3, 1, 2, 1], [0, 0, 0, 0], [1, 2, 3, 4]])
+    assert deal_by_length(lengths).tolist() == [[1, 3, 2, 0], [0, 1, 2, 3], [0, 1, 2, 3]]
 
 
 def test_an_empty_data_set_has_no_places() -> None:
