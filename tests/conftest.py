@@ -6,6 +6,8 @@ from typing import Any
 
 import pytest
 
+from tests.ranks import command
+
 # No test needs the network; a library that looks for a newer file on a hub would only wait.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -71,3 +73,24 @@ def scene_shards(_scenes: dict[str, Path], tmp_path_factory: pytest.TempPathFact
 def scene_validation_shards(_scenes: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """12 scenes of held-out pairs in shards of 7 and 5. Read only: copy it to change it."""
     return _pack(_scenes["validation"], tmp_path_factory.mktemp("shards") / "validation", 7)
+
+
+@pytest.fixture(scope="session")
+def photo_shards(shared_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The 290 real photos in five shards, packed by the command. Read only."""
+    out = tmp_path_factory.mktemp("photos") / "shards"
+    coco = shared_data / "coco"
+    command(
+        "shards", "pack", "--source", "coco", "--captions", coco / "captions.json", "--images", coco / "images",
+        "--out", out, "--samples-per-shard", "64",
+    )  # fmt: skip
+    return out
+
+
+@pytest.fixture(scope="session")
+def tiny_base(shared_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small random base with the real tokenizer and processor, written by the command."""
+    out = tmp_path_factory.mktemp("bases") / "tiny"
+    text = shared_data / "qwen2vl" / "Qwen2-VL-7B-Instruct"
+    command("synthetic", "base", "--out", out, "--shape", "tiny", "--text-files", text)
+    return out

@@ -73,6 +73,16 @@ def run_ranks(
         return [out.read_text() for out, _ in outputs]
 
 
+def command(*arguments: str | Path, code: int = 0) -> subprocess.CompletedProcess[str]:
+    """Run `qwenvl-dist ...` and insist on its exit code."""
+    done = subprocess.run(
+        [sys.executable, "-m", "qwenvl_dist", *map(str, arguments)],
+        capture_output=True, text=True, timeout=240, cwd=ROOT,
+    )  # fmt: skip
+    assert done.returncode == code, done.stderr[-4000:]
+    return done
+
+
 def free_port() -> int:
     """Return a TCP port that nobody listens on now."""
     with socket.socket() as listener:

@@ -12,55 +12,26 @@ import pytest
 
 from qwenvl_dist.checkpoints import manifest as manifests
 from tests.launch.test_launch import launch
-from tests.ranks import ROOT
+from tests.ranks import ROOT, command
 from tests.training.runs import ledger, losses, read_lines
 
 pytestmark = pytest.mark.dist
 
 
-def command(*arguments: str | Path, code: int = 0) -> subprocess.CompletedProcess[str]:
-    """Run `qwenvl-dist ...` and insist on its exit code."""
-    done = subprocess.run(
-        [sys.executable, "-m", "qwenvl_dist", *map(str, arguments)],
-        capture_output=True, text=True, timeout=240, cwd=ROOT,
-    )  # fmt: skip
-    assert done.returncode == code, done.stderr[-4000:]
-    return done
-
-
-@pytest.fixture(scope="module")
-def packed(shared_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    out = tmp_path_factory.mktemp("photos") / "shards"
-    coco = shared_data / "coco"
-    command(
-        "shards", "pack", "--source", "coco", "--captions", coco / "captions.json", "--images", coco / "images",
-        "--out", out, "--samples-per-shard", "64",
-    )  # fmt: skip
-    return out
-
-
-@pytest.fixture(scope="module")
-def tiny_base(shared_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    out = tmp_path_factory.mktemp("bases") / "tiny"
-    text = shared_data / "qwen2vl" / "Qwen2-VL-7B-Instruct"
-    command("synthetic", "base", "--out", out, "--shape", "tiny", "--text-files", text)
-    return out
-
-
-def test_the_photos_verify(packed: Path) -> None:
-    report = json.loads(command("shards", "verify", packed, "--json").stdout.splitlines()[-1])
+def test_the_photos_verify(photo_shards: Path) -> None:
+    report = json.loads(command("shards", "verify", photo_shards, "--json").stdout.splitlines()[-1])
     assert report == {"shards": 5, "samples": 290, "bad": []}
-    assert len(command("shards", "show", packed, "--limit", "3").stdout.splitlines()) == 3
+    assert len(command("shards", "show", photo_shards, "--limit", "3").stdout.splitlines()) == 3
 
 
 @pytest.mark.parametrize("stage", [2, 3])
 def test_twenty_steps_merge_and_predict(
-    packed: Path, tiny_base: Path, shared_data: Path, tmp_path: Path, stage: int
+    photo_shards: Path, tiny_base: Path, shared_data: Path, tmp_path: Path, stage: int
 ) -> None:
     run = tmp_path / "run"
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(
-        f"model: {{base: {tiny_base}, dtype: float32}}\ndata: {{train: {packed}, ledger: true}}\n"
+        f"model: {{base: {tiny_base}, dtype: float32}}\ndata: {{train: {photo_shards}, ledger: true}}\n"
     )
     done = launch(
         f"cpu_zero{stage}.yaml", "train", str(recipe), "train.max_steps=20", "train.grad_accum_steps=1",
@@ -94,11 +65,11 @@ def test_twenty_steps_merge_and_predict(
     assert len(json.loads(merged_said.stdout.splitlines()[-1])["predictions"]) == 3
 
 
-def test_bf16_training_and_merge(packed: Path, tiny_base: Path, tmp_path: Path) -> None:
+def test_bf16_training_and_merge(photo_shards: Path, tiny_base: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(
-        f"model: {{base: {tiny_base}, checkpointing: all}}\ndata: {{train: {packed}, workers: 0}}\n"
+        f"model: {{base: {tiny_base}, checkpointing: all}}\ndata: {{train: {photo_shards}, workers: 0}}\n"
     )
     done = command(
         "train", recipe, "train.max_steps=3", "train.grad_accum_steps=1", "train.log_every_steps=1",

@@ -10,7 +10,6 @@ from pathlib import Path
 
 import pytest
 
-from tests.launch.test_photos import packed, tiny_base  # noqa: F401  (fixtures)
 from tests.ranks import ROOT, free_port
 from tests.training.runs import ledger, losses, train, write_recipe
 
@@ -50,9 +49,7 @@ def kill(ranks: list[subprocess.Popen], order: list[int]) -> None:
 
 
 def test_twenty_kills_in_changing_worlds_leave_the_ledger_of_the_unbroken_run(
-    packed: Path,
-    tiny_base: Path,
-    tmp_path: Path,  # noqa: F811
+    photo_shards: Path, scenes_base: Path, tmp_path: Path
 ) -> None:
     sections: dict = {
         "data": {
@@ -64,11 +61,11 @@ def test_twenty_kills_in_changing_worlds_leave_the_ledger_of_the_unbroken_run(
     }
     straight, broken = tmp_path / "straight", tmp_path / "broken"
     sections["train"]["grad_accum_steps"] = GLOBAL_BATCH // 2
-    train(write_recipe(tmp_path / "straight.yaml", tiny_base, packed, straight, **sections), 1)
+    train(write_recipe(tmp_path / "straight.yaml", scenes_base, photo_shards, straight, **sections), 1)
     expected = ledger(straight)
     assert sum(map(len, expected.values())) == 3 * 290
 
-    recipe = write_recipe(tmp_path / "broken.yaml", tiny_base, packed, broken, **sections)
+    recipe = write_recipe(tmp_path / "broken.yaml", scenes_base, photo_shards, broken, **sections)
     metrics, log = broken / "metrics.jsonl", tmp_path / "broken.log"
     chance = random.Random(0)
     kills, mid_run = 0, 0
