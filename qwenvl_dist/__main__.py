@@ -12,7 +12,7 @@ from typing import NoReturn
 
 from qwenvl_dist.errors import CheckFailed, UserError
 
-COMMANDS = ("shards", "train", "merge", "predict", "evaluate", "synthetic")
+COMMANDS = ("shards", "train", "merge", "predict", "evaluate", "bench", "synthetic")
 
 
 def build_parser() -> argparse.ArgumentParser:
