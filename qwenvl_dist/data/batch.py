@@ -61,12 +61,15 @@ class CaptionBatch:
         """How many tokens carry loss."""
         return len(self.target_ids)
 
+    def tensors(self) -> dict[str, Tensor]:
+        """Return the fields that are tensors, by name."""
+        return {name: value for name, value in vars(self).items() if isinstance(value, Tensor)}
+
     def _map(self, function) -> CaptionBatch:
-        changed = {name: function(value) for name, value in vars(self).items() if isinstance(value, Tensor)}
-        return replace(self, **changed)
+        return replace(self, **{name: function(tensor) for name, tensor in self.tensors().items()})
 
     def pin_memory(self) -> CaptionBatch:
-        """Return the batch in page-locked memory (called by DataLoader)."""
+        """Return the batch in page-locked memory."""
         return self._map(Tensor.pin_memory)
 
     def to(self, device: torch.device) -> CaptionBatch:

@@ -4,6 +4,7 @@ Stages of the webdataset pipeline that each loader worker runs:
 1. PlannedSource   the plan's next samples, as verified bytes
 2. SampleEncoder   JPEG decode, resize, chat template, labels; a bad sample becomes a dummy in its slot
 3. batched         `micro_batch_size` examples -> CaptionBatch
+4. BatchSlots      the batch -> memory shared with the training process
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from qwenvl_dist.data.formats import parse_sample_json
 from qwenvl_dist.data.images import ImageSizeRule, UnreadableImage, decode, resize
 from qwenvl_dist.data.index import RawSample
 from qwenvl_dist.data.plan import RunPlan, StepLayout
+from qwenvl_dist.data.slots import BatchSlots
 from qwenvl_dist.data.source import PlannedSample, PlannedSource, SampleLengths, ShardSet
 from qwenvl_dist.errors import UserError
 
@@ -42,6 +44,12 @@ class SampleEncoder:
         self.size_rule = size_rule
         self.patch_size = int(processor.image_processor.patch_size)
         self.dummy = self._make_dummy()
+
+    @property
+    def max_bytes(self) -> int:
+        """How much of a batch one sample with one picture takes at most: its pixels and seven int64 a token."""
+        area = self.size_rule.max_pixels if self.size_rule.side is None else self.size_rule.side**2
+        return 3 * area + 7 * 8 * self.chat.max_length
 
     def _make_dummy(self) -> Example:
         side = self.size_rule.factor
@@ -148,23 +156,30 @@ class CaptionStream:
             steps=self.steps_from(position),
             lengths=self.lengths,
         )
-        pipeline: Any = DataPipeline(
+        stages: list[Any] = [
             source,
             filters.map(self.encoder, handler=handlers.reraise_exception),
             filters.batched(self.layout.micro_batch_size, collation_fn=_Collate(self.encoder), partial=False),
-        )
+        ]
+        ahead = 2 * self.layout.grad_accum_steps  # micro-batches that each worker keeps ready
+        slots = None
+        if self.workers and BatchSlots.usable():
+            slots = BatchSlots(self.workers, ahead, self.layout.micro_batch_size * self.encoder.max_bytes)
+            stages.append(filters.map(slots.put, handler=handlers.reraise_exception))
+        pipeline: Any = DataPipeline(*stages)
+        pin = torch.cuda.is_available()
         loader = DataLoader(
             pipeline,  # type: ignore[arg-type]  (torch's IterableDataset when there is torch)
             batch_size=None,
             num_workers=self.workers,
             worker_init_fn=_obey_the_rank_alone,
-            prefetch_factor=2 * self.layout.grad_accum_steps if self.workers else None,
-            pin_memory=torch.cuda.is_available(),
+            prefetch_factor=ahead if self.workers else None,
+            pin_memory=pin and slots is None,
             timeout=self.timeout_seconds if self.workers else 0,
         )
         step: list[CaptionBatch] = []
         for batch in _plain_errors(loader):
-            step.append(batch)
+            step.append(slots.take(batch, pin) if slots else batch)
             if len(step) == self.layout.grad_accum_steps:
                 yield step
                 step = []
