@@ -1,10 +1,9 @@
 """The stream on packed scenes: order, exactness, bad samples, and what a batch claims."""
 
 import io
-import json
 import shutil
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -18,52 +17,23 @@ from PIL import Image
 from qwenvl_dist.data.batch import CaptionBatch
 from qwenvl_dist.data.chat import IGNORE
 from qwenvl_dist.data.images import ImageSizeRule, decode, resize
-from qwenvl_dist.data.index import Manifest, ShardEntry, build_shard_index, index_path
+from qwenvl_dist.data.index import build_shard_index
 from qwenvl_dist.data.plan import RunPlan, StepLayout
 from qwenvl_dist.data.source import PlannedSource, ShardSet
-from qwenvl_dist.data.stream import CaptionStream, SampleEncoder
-from qwenvl_dist.files import sha256_of
-from qwenvl_dist.synthetic.scenes import captions, draw_scene, scene
+from qwenvl_dist.data.stream import SampleEncoder
+from tests.made_shards import (
+    SIDE,
+    Members,
+    jpeg,
+    key_of,
+    keys_of,
+    record,
+    scene_members,
+    stream,
+    write_shards,
+)
 
-SIDE = 56
 UNEVEN = (7, 1, 13, 0, 5)
-Members = dict[str, bytes]  # by extension
-
-
-def jpeg(number: int, side: int = SIDE) -> bytes:
-    stream = io.BytesIO()
-    draw_scene(scene(number, 0, size=side)).save(stream, "JPEG", quality=92)
-    return stream.getvalue()
-
-
-def record(prompt: str, answer: str, images: int = 1) -> bytes:
-    content = [*[{"type": "image"}] * images, {"type": "text", "text": prompt}]
-    messages = [
-        {"role": "user", "content": content},
-        {"role": "assistant", "content": [{"type": "text", "text": answer}]},
-    ]
-    return json.dumps({"messages": messages}).encode()
-
-
-def scene_members(number: int) -> Members:
-    return {"jpg": jpeg(number), "json": record("COCO Yes:", captions(scene(number, 0))[0])}
-
-
-def write_shards(folder: Path, shards: Sequence[Sequence[Members]]) -> Path:
-    """Pack samples, key `sNN-MM` for sample MM of shard NN; a shard may be empty."""
-    folder.mkdir()
-    entries = []
-    for number, samples in enumerate(shards):
-        tar = folder / f"shard-{number:06d}.tar"
-        with webdataset.TarWriter(str(tar), encoder=False) as writer:
-            for place, members in enumerate(samples):
-                writer.write({"__key__": f"s{number:02d}-{place:02d}", **members})
-        index = build_shard_index(tar)
-        index_path(tar).write_bytes(index.to_bytes())
-        index_hash = sha256_of(index_path(tar))
-        entries.append(ShardEntry(tar.name, index.num_bytes, sha256_of(tar), index_hash, len(index)))
-    Manifest(entries).write(folder)
-    return folder
 
 
 def write_uneven(folder: Path, cut: int | None = None) -> Path:
@@ -85,25 +55,6 @@ def encoder(scenes_processor: Any) -> SampleEncoder:
     return SampleEncoder(scenes_processor, ImageSizeRule(side=SIDE), 256)
 
 
-def stream(
-    folder: Path,
-    encoder: SampleEncoder,
-    *,
-    layout: StepLayout = StepLayout(1, 3, 2),  # noqa: B008
-    rank: int = 0,
-    workers: int = 0,
-    epochs: int = 1,
-    shuffle: bool = True,
-) -> CaptionStream:
-    shards = ShardSet(folder)
-    plan = RunPlan(shards.manifest.shard_sizes, seed=5, window=2, epochs=epochs, shuffle=shuffle)
-    return CaptionStream(shards, plan, layout, encoder, rank=rank, workers=workers, timeout_seconds=60)
-
-
-def keys_of(steps: Iterator[list[CaptionBatch]]) -> list[str]:
-    return [key for step in steps for batch in step for key in batch.keys]
-
-
 def assert_same(one: CaptionBatch, other: CaptionBatch) -> None:
     for name, value in vars(one).items():
         if isinstance(value, torch.Tensor):
@@ -113,7 +64,7 @@ def assert_same(one: CaptionBatch, other: CaptionBatch) -> None:
 
 
 def all_keys(sizes: Sequence[int] = UNEVEN) -> list[str]:
-    return [f"s{shard:02d}-{place:02d}" for shard, size in enumerate(sizes) for place in range(size)]
+    return [key_of(shard, place) for shard, size in enumerate(sizes) for place in range(size)]
 
 
 # --- order ---
