@@ -233,7 +233,7 @@ def test_an_index_that_is_missing_damaged_or_another_shards_is_named_for_each_of
     ("members", "reason"),
     [
         ({"jpg": b"not a picture at all", "json": record("x", "y")}, "cannot be decoded: not a picture"),
-        ({"jpg": jpeg(0)}, "not JSON"),
+        ({"jpg": jpeg(0)}, "json: missing member"),
         ({"jpg": jpeg(0), "json": b"{}"}, "no list of 'messages'"),
         ({"jpg": jpeg(0), "json": record("x", "y", images=2)}, "name 2 images, 1 lie beside them"),
         ({"json": record("x", "y")}, "name 1 images, 0 lie beside them"),
