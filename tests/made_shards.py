@@ -3,6 +3,7 @@
 import io
 import json
 from collections.abc import Iterator, Sequence
+from functools import cache
 from pathlib import Path
 
 import webdataset
@@ -19,6 +20,7 @@ SIDE = 56
 Members = dict[str, bytes]  # by extension
 
 
+@cache
 def jpeg(number: int, side: int = SIDE) -> bytes:
     stream = io.BytesIO()
     draw_scene(scene(number, 0, size=side)).save(stream, "JPEG", quality=92)

@@ -10,6 +10,7 @@ import json
 import os
 import shutil
 import tarfile
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -20,14 +21,24 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import webdataset
 
 from qwenvl_dist.__main__ import main
 from qwenvl_dist.data.batch import BadSampleRecord, CaptionBatch
 from qwenvl_dist.data.chat import IGNORE
 from qwenvl_dist.data.images import ImageSizeRule
-from qwenvl_dist.data.index import Manifest, ShardIndex, build_shard_index, index_path, load_shard_index
+from qwenvl_dist.data.index import (
+    TAR_BLOCK,
+    Manifest,
+    ShardIndex,
+    build_shard_index,
+    index_path,
+    load_shard_index,
+)
 from qwenvl_dist.data.plan import StepLayout
 from qwenvl_dist.data.stream import SampleEncoder
+from qwenvl_dist.data.verify import Fault as VerifyFault
+from qwenvl_dist.data.verify import verify
 from qwenvl_dist.files import sha256_of
 from tests.made_shards import (
     SIDE,
@@ -44,7 +55,6 @@ from tests.made_shards import (
 SIZES = (4, 3, 5)
 HIT = 1  # the shard that is damaged
 NAME = f"shard-{HIT:06d}.tar"
-TAR_BLOCK = 512
 ALL = range(SIZES[HIT])
 
 
@@ -192,20 +202,30 @@ def without(extension: str) -> list[Members]:
     return samples
 
 
+def with_picture(data: bytes) -> list[Members]:
+    samples = samples_of(HIT)
+    samples[1]["jpg"] = data
+    return samples
+
+
+def with_larger_picture() -> list[Members]:
+    return with_picture(jpeg(1, side=90))
+
+
 def repack(folder: Path, samples: list[Members]) -> None:
     """Write the shard anew, with index and manifest: what a packer made from bad input gives."""
     rewrite(folder, samples)
     seal(folder)
 
 
-def write_twice(folder: Path, *names: str) -> None:
-    """Add members behind the last, under names that are there already."""
+def add_member(folder: Path, name: str, **fields: Any) -> None:
+    """Add a small member behind the last."""
+    info = tarfile.TarInfo(name)
+    info.size = 0 if fields else 9
+    for field, value in fields.items():
+        setattr(info, field, value)
     with tarfile.open(folder / NAME, "a") as tar:
-        for name in names:
-            info = tarfile.TarInfo(name)
-            data = samples_of(HIT)[0][name.split(".")[1]]
-            info.size = len(data)
-            tar.addfile(info, io.BytesIO(data))
+        tar.addfile(info, io.BytesIO(b"something"))
 
 
 def put_page(folder: Path, size: int | None = None) -> None:
@@ -248,10 +268,14 @@ def put_index(folder: Path, change: Callable[[ShardIndex], dict[str, Any]]) -> N
     Manifest(entries).write(folder)
 
 
-def with_value(column: np.ndarray, member: int, value: int) -> np.ndarray:
+def with_value(column: np.ndarray, at: int, value: int) -> np.ndarray:
     changed = column.copy()
-    changed[member] = value
+    changed[at] = value
     return changed
+
+
+def put_value(folder: Path, column: str, at: int, value: int) -> None:
+    put_index(folder, lambda index: {column: with_value(getattr(index, column), at, value)})
 
 
 @dataclass(frozen=True)
@@ -267,7 +291,6 @@ def every(reason: str) -> dict[int, str]:
     return dict.fromkeys(ALL, reason)
 
 
-MEMBERS_OF_1 = slice(2, 4)  # jpg and json
 FAULTS = {
     # bytes that rotted
     "bit in a picture": Fault(partial(flip_payload, extension="jpg"), {1: "jpg: checksum differs"}, {1}),
@@ -290,8 +313,7 @@ FAULTS = {
     ),
     "other samples in its place": Fault(lambda f: rewrite(f, samples_of(2)), every("jpg: "), {*ALL}),
     "one sample changed": Fault(
-        lambda f: rewrite(f, [samples_of(HIT)[0], {**samples_of(HIT)[1], "jpg": jpeg(1, side=90)}, samples_of(HIT)[2]]),
-        {1: "jpg: checksum differs", 2: "jpg: "}, {1, 2},
+        lambda f: rewrite(f, with_larger_picture()), {1: "jpg: checksum differs", 2: "jpg: "}, {1, 2}
     ),
     "sample dropped": Fault(lambda f: rewrite(f, samples_of(HIT)[:2]), {2: "jpg: "}, {2}),
     "order changed": Fault(lambda f: rewrite(f, samples_of(HIT)[::-1]), {0: "jpg: ", 2: "jpg: "}, {0, 2}),
@@ -299,12 +321,47 @@ FAULTS = {
     "text dropped": Fault(lambda f: rewrite(f, without("json")), {1: "json: ", 2: "jpg: "}, {1, 2}),
     "same members, other headers": Fault(touch_headers, {}, {None}),
     "grown": Fault(lambda f: rewrite(f, [*samples_of(HIT), scene_members(40)]), {}, {None}),
-    "member twice": Fault(lambda f: write_twice(f, f"{key_of(HIT, 2)}.jpg"), {}, {None}),
+    "member twice": Fault(lambda f: add_member(f, f"{key_of(HIT, 2)}.jpg"), {}, {None}),
+    "absolute name": Fault(lambda f: add_member(f, "/tmp/x.jpg"), {}, {None}),
+    "name that climbs": Fault(lambda f: add_member(f, "../x.jpg"), {}, {None}),
+    "symbolic link": Fault(lambda f: add_member(f, "x.jpg", type=tarfile.SYMTYPE, linkname="/etc/passwd"), {}, {None}),
+    "hard link": Fault(lambda f: add_member(f, "x.jpg", type=tarfile.LNKTYPE, linkname="y"), {}, {None}),
+    "device": Fault(lambda f: add_member(f, "x.jpg", type=tarfile.BLKTYPE), {}, {None}),
+    "pipe": Fault(lambda f: add_member(f, "x.jpg", type=tarfile.FIFOTYPE), {}, {None}),
     # an index that is not the manifest's: none of its samples can be trusted
     "missing index": Fault(lambda f: index_path(f / NAME).unlink(), every("index is missing"), {None}),
     "empty index": Fault(lambda f: index_path(f / NAME).write_bytes(b""), every("sha256 differs"), {None}),
     "page for an index": Fault(
         lambda f: index_path(f / NAME).write_bytes(b"<html></html>"), every("sha256 differs"), {None}
+    ),
+    "index of another shard": Fault(
+        lambda f: shutil.copy(index_path(f / "shard-000000.tar"), index_path(f / NAME)), every("sha256 differs"), {None}
+    ),
+    "index of fewer samples": Fault(
+        lambda f: put_older_index(f, samples_of(HIT)[:2]), every("sha256 differs"), {None}
+    ),
+    "index of another sample": Fault(
+        lambda f: put_older_index(f, with_larger_picture()), every("sha256 differs"), {1, 2}
+    ),
+    # an index that the manifest names, and that lies
+    "member of 100 GB": Fault(
+        partial(put_value, column="sizes", at=5, value=100 << 30), every("a member outside"), {None}
+    ),
+    "member and shard of 100 GB": Fault(
+        lambda f: put_index(f, lambda i: {"sizes": with_value(i.sizes, 5, 100 << 30), "num_bytes": 200 << 30}),
+        {2: "truncated"}, {2},
+    ),
+    "negative size": Fault(
+        partial(put_value, column="sizes", at=0, value=-1), every("a member outside"), {None}
+    ),
+    "offset behind the end": Fault(
+        partial(put_value, column="offsets", at=0, value=1 << 40), every("a member outside"), {None}
+    ),
+    "offset of another member": Fault(
+        lambda f: put_index(f, lambda i: {"offsets": with_value(i.offsets, 2, int(i.offsets[0]))}), {1: "jpg: "}, {1}
+    ),
+    "unsafe key in the index": Fault(
+        lambda f: put_index(f, lambda i: {"keys": ["../../x", *i.keys[1:]]}), every("unsafe key"), {None}
     ),
     # packed so: every checksum fits
     "packed without picture": Fault(
@@ -312,12 +369,10 @@ FAULTS = {
     ),
     "packed without text": Fault(lambda f: repack(f, without("json")), {1: "json: missing member"}, {1}),
     "packed with a cut picture": Fault(
-        lambda f: repack(f, [{**m, "jpg": m["jpg"][: -100 if i == 1 else None]} for i, m in enumerate(samples_of(HIT))]),
-        {1: "truncated"}, {1},
+        lambda f: repack(f, with_picture(samples_of(HIT)[1]["jpg"][:-100])), {1: "truncated"}, {1}
     ),
     "packed with a page": Fault(
-        lambda f: repack(f, [{**m, "jpg": b"<html>" if i == 1 else m["jpg"]} for i, m in enumerate(samples_of(HIT))]),
-        {1: "not a picture"}, {1},
+        lambda f: repack(f, with_picture(b"<html></html>")), {1: "not a picture"}, {1}
     ),
 }  # fmt: skip
 
@@ -347,3 +402,57 @@ def test_verify_names_the_shard_and_the_samples_hit(
     keys = {sample if sample is None else key_of(HIT, sample) for sample in fault.found}
     assert {(bad["shard"], bad["key"]) for bad in report["bad"]} == {(NAME, key) for key in keys}
     assert all(bad["reason"] for bad in report["bad"])
+
+
+def test_several_faults_are_found_in_parallel_and_nothing_is_extracted(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    flip_payload(folder, "jpg")
+    add_member(folder, "../escaped.jpg")
+    (folder / "shard-000000.tar").unlink()
+    index_path(folder / "shard-000002.tar").unlink()
+    monkeypatch.chdir(folder)
+    before = sorted(folder.parent.rglob("*"))
+    alone, done = verify(folder, 1), []
+    assert verify(folder, 2, done.append) == alone
+    assert done == list(SIZES)
+    assert [(fault.shard, fault.key) for fault in alone.bad] == [
+        *(("shard-000000.tar", key_of(0, sample)) for sample in range(SIZES[0])),
+        (NAME, key_of(HIT, 1)),
+        ("shard-000002.tar", None),
+    ]
+    assert sorted(folder.parent.rglob("*")) == before
+
+
+def test_truncation_at_any_block_loses_what_is_cut(
+    folder: Path, encoder: SampleEncoder, whole: Callable[[StepLayout], list[CaptionBatch]]
+) -> None:
+    index, content = load_shard_index(index_path(folder / NAME)), (folder / NAME).read_bytes()
+    layout = StepLayout(2, 2, 1)
+    planned = planned_keys(folder, encoder, layout)
+    counts = set()
+    for size in range(0, len(content), TAR_BLOCK):
+        (folder / NAME).write_bytes(content[:size])
+        lost = {
+            key: "truncated"
+            for i, key in enumerate(index.keys)
+            if any(member.offset + member.size > size for member in index.members(i).values())
+        }
+        assert_only_lost(whole(layout), micro_batches(folder, encoder, layout), planned, lost)
+        assert {fault.key for fault in verify(folder).bad} == (set(lost) or {None})
+        counts.add(len(lost))
+    assert counts == {0, 1, 2, 3}
+
+
+def test_a_key_twice_is_two_samples_to_training_and_a_fault_to_verify(
+    folder: Path, encoder: SampleEncoder
+) -> None:
+    """Training goes by places; who names samples by their keys needs them to differ."""
+    with webdataset.TarWriter(str(folder / NAME), encoder=False) as writer:
+        for key, members in zip(("a", "b", "a"), samples_of(HIT), strict=True):
+            writer.write({"__key__": key, **members})
+    seal(folder)
+    batches = micro_batches(folder, encoder, StepLayout(1, 3, 2))
+    keys = Counter(key for batch in batches for key in batch.keys)
+    assert (keys["a"], keys["b"], keys.total()) == (4, 2, 2 * sum(SIZES)) and not bad_of(batches)
+    assert verify(folder).bad == [VerifyFault(NAME, "a", f"duplicate key, first in {NAME}")]
