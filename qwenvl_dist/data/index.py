@@ -45,6 +45,7 @@ MANIFEST_NAME = "manifest.json"
 INDEX_VERSION = 2
 MANIFEST_VERSION = 1
 TAR_BLOCK = 512
+MAX_HEADER_BYTES = 1 << 20  # of a long name or of extended attributes in a foreign tar
 
 # The picture formats that a shard holds, by Pillow's name. MPO is a JPEG with more pictures behind the first.
 IMAGE_EXTENSIONS = {"JPEG": "jpg", "MPO": "jpg", "PNG": "png", "WEBP": "webp"}
@@ -193,7 +194,7 @@ def parse_shard_index(data: bytes, name: str) -> ShardIndex:
             **columns,
         )
         _check_columns(index, int(header["samples"]))
-    except (SafetensorError, ValueError, KeyError, TypeError) as error:
+    except (SafetensorError, ValueError, KeyError, TypeError, OverflowError) as error:
         raise UserError(f"{name}: damaged ({type(error).__name__}: {error}): {remedy}") from None
     return index
 
@@ -207,8 +208,9 @@ def _check_columns(index: ShardIndex, samples: int) -> None:
     if not len(index.keys) == len(index.caption_lengths) == samples:
         raise ValueError(f"{len(index.keys)} keys of {samples} samples")
     for starts, pointed in ((index.member_starts, index.offsets), (index.image_starts, index.image_sizes)):
-        steps = np.diff(starts)
-        if len(starts) != samples + 1 or starts[0] or starts[-1] != len(pointed) or (steps < 0).any():
+        if len(starts) != samples + 1 or starts[0] or starts[-1] != len(pointed) or (starts < 0).any():
+            raise ValueError("starts that do not go from the first to the end")
+        if (np.diff(starts) < 0).any():
             raise ValueError("starts that do not count up to the end")
     if not len(index.extension_ids) == len(index.offsets) == len(index.sizes) == len(index.crcs):
         raise ValueError("columns of different lengths")
@@ -220,6 +222,9 @@ def _check_columns(index: ShardIndex, samples: int) -> None:
         raise ValueError("a member outside the shard")
     if index.image_sizes.shape[1] != 2:
         raise ValueError("picture sizes that are no pairs")
+    unsafe = [key for key in index.keys if "/" in key and not _is_safe(key)]
+    if unsafe:
+        raise ValueError(f"the unsafe key {unsafe[0]!r}")
 
 
 def build_shard_index(tar: Path, name: str | None = None) -> ShardIndex:
@@ -473,13 +478,15 @@ def _walk(file: Any, tar: Path) -> Iterator[tuple[str, str, int, int]]:
     """Yield (key, extension, offset, size) of each member; nothing is extracted."""
     num_bytes = os.fstat(file.fileno()).st_size
     try:
-        with tarfile.open(fileobj=file, mode="r:") as archive:
+        with tarfile.open(fileobj=_HeaderReads(file), mode="r:") as archive:  # type: ignore[arg-type]
             while (member := archive.next()) is not None:
                 name = member.name
-                if name.startswith("/") or ".." in PurePosixPath(name).parts:
+                if not _is_safe(name):
                     raise UserError(
                         f"{tar}: holds the unsafe name {name!r}: names must be relative, without '..'"
                     )
+                if member.size < 0:  # tarfile would walk backwards, and round and round
+                    raise UserError(f"{tar}: {name!r} has {member.size} bytes: restore it, or pack again")
                 if member.isdir():
                     continue
                 if not _is_unicode(name):
@@ -495,14 +502,31 @@ def _walk(file: Any, tar: Path) -> Iterator[tuple[str, str, int, int]]:
                     yield *split, member.offset_data, member.size
                 vars(archive)["members"] = []  # else tarfile keeps them all
             end = archive.offset
-    except (tarfile.TarError, OSError, ValueError, OverflowError) as error:
-        if isinstance(error, UserError):
-            raise
-        raise UserError(f"{tar}: not a readable tar ({error}): restore it, or pack again") from None
+    except UserError:
+        raise
+    except Exception as error:  # tarfile raises whatever a damaged header leads it to
+        reason = str(error) or type(error).__name__
+        raise UserError(f"{tar}: not a readable tar ({reason}): restore it, or pack again") from None
     # tarfile takes a damaged header for the end of the archive: only zeros may follow the last member
     if num_bytes - end < TAR_BLOCK or not _only_zeros(file, end):
         what = "a damaged header" if num_bytes > end else "no end mark (truncated)"
         raise UserError(f"{tar}: {what} at byte {end}: restore it, or pack again")
+
+
+class _HeaderReads:
+    """What tarfile may read of a shard: headers. An absurd size in one must not become an allocation."""
+
+    def __init__(self, file: Any) -> None:
+        self.tell, self.seek, self._read = file.tell, file.seek, file.read
+
+    def read(self, size: int) -> bytes:
+        if not 0 <= size <= MAX_HEADER_BYTES:
+            raise ValueError(f"a header of {size} bytes")
+        return self._read(size)
+
+
+def _is_safe(name: str) -> bool:
+    return not (name.startswith("/") or "\0" in name or ".." in PurePosixPath(name).parts)
 
 
 def _is_unicode(name: str) -> bool:

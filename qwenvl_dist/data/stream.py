@@ -68,6 +68,8 @@ class SampleEncoder:
 
     def encode(self, raw: RawSample) -> Example:
         """Encode one sample. Raises UnreadableImage, TooLong, or ValueError for a damaged record."""
+        if "json" not in raw.members:
+            raise ValueError("json: missing member")
         messages = parse_sample_json(raw.json, len(raw.images))["messages"]
         pictures = [self.picture(data) for data in raw.images]
         grids = tuple(grid for _, grid in pictures)

@@ -240,13 +240,14 @@ def _check_frame(descriptor: int, key: str, extension: str, member: Member) -> I
         return
     try:
         info = tarfile.TarInfo.frombuf(header, "utf-8", "surrogateescape")
-    except tarfile.HeaderError:
+        is_ours = info.mtime == 0 and info.mode == 0o444 and header[257:265] == b"ustar\x0000"
+        is_damaged = is_ours and info.tobuf(tarfile.USTAR_FORMAT) != header
+    except (tarfile.HeaderError, ValueError):
         yield f"{extension}: damaged tar header"
     else:
-        is_ours = info.mtime == 0 and info.mode == 0o444 and header[257:265] == b"ustar\x0000"
         if info.size != member.size or split_member_name(info.name) != (key, extension):
             yield f"{extension}: the tar header is of another member ({info.name!r})"
-        elif is_ours and info.tobuf(tarfile.USTAR_FORMAT) != header:
+        elif is_damaged:
             yield f"{extension}: damaged tar header"
     padding = os.pread(descriptor, -member.size % TAR_BLOCK, member.offset + member.size)
     if padding.strip(b"\0"):

@@ -3,6 +3,7 @@ import json
 import os
 import pickle
 import tarfile
+import tracemalloc
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import replace
@@ -89,11 +90,15 @@ def test_index_file_reads_back_equal_and_is_a_safetensors_file(tmp_path):
         {"offsets": np.arange(512, 517)},
         {"member_starts": np.array([0, 2, 1, 6])},
         {"member_starts": np.array([1, 2, 4, 6])},
+        {"member_starts": np.array([0, 2**63 - 1, -2, 6])},  # the differences overflow
         {"image_starts": np.array([0, 1, 2, 4])},
         {"extension_ids": np.array([0, 1, 0, 1, 0, 2])},
         {"extension_ids": np.array([0, 1, 0, 1, 0, -1])},
         {"caption_lengths": np.array([1, 2])},
         {"keys": ["k0", "k1"]},
+        {"keys": ["k0", "/etc/k1", "k2"]},
+        {"keys": ["k0", "a/../../k1", "k2"]},
+        {"num_bytes": float("inf")},
         {"image_sizes": np.zeros((3, 3))},
     ],
 )
@@ -138,7 +143,9 @@ def test_an_empty_tar_has_an_empty_index(tmp_path):
         ("a/../x.jpg", {}, "unsafe name"),
         ("x.jpg", {"type": tarfile.SYMTYPE, "linkname": "/etc/passwd", "size": 0}, "link"),
         ("x.jpg", {"type": tarfile.LNKTYPE, "linkname": "y.jpg", "size": 0}, "link"),
+        ("a\0b.jpg", {"pax_headers": {"path": "a\0b.jpg"}}, "unsafe name"),
         ("x.jpg", {"type": tarfile.CHRTYPE, "size": 0}, "device"),
+        ("x.jpg", {"type": tarfile.BLKTYPE, "size": 0}, "device"),
         ("x.jpg", {"type": tarfile.FIFOTYPE, "size": 0}, "device"),
     ],
 )
@@ -164,6 +171,78 @@ def test_damaged_tars_are_refused_instead_of_cut_short(tmp_path):
         (tmp_path / name).write_bytes(data)
         with pytest.raises(UserError, match=name.split()[0] if name == "truncated" else "restore it"):
             build_shard_index(tmp_path / name)
+
+
+def with_header(content: bytes, position: int, field: int, data: bytes) -> bytes:
+    """Put `data` into the header at `position`, its checksum mended: damage that only its meaning tells."""
+    header = bytearray(content[position : position + 512])
+    header[field : field + len(data)] = data
+    header[148:156] = b" " * 8
+    header[148:156] = b"%06o\0 " % sum(header)
+    return content[:position] + bytes(header) + content[position + 512 :]
+
+
+def binary(number: int) -> bytes:
+    """A number as GNU tar writes those that are negative or too large for octal digits."""
+    return (b"\xff" if number < 0 else b"\x80") + (number % (1 << 88)).to_bytes(11, "big")
+
+
+SIZE, TYPE = 124, 156  # fields of a tar header
+
+
+@pytest.mark.timeout(60)  # some made tarfile go round for ever
+@pytest.mark.parametrize(
+    ("fields", "reason"),
+    [
+        ({SIZE: binary(100 << 30)}, "truncated"),
+        ({SIZE: binary(-512)}, "has -512 bytes"),
+        ({SIZE: binary(-(2**62))}, "bytes"),
+        ({SIZE: binary(100 << 30), TYPE: b"L"}, "a header of 107374182400 bytes"),
+        ({SIZE: binary(100 << 30), TYPE: b"x"}, "a header of 107374182400 bytes"),
+        ({SIZE: binary(-512), TYPE: b"g"}, "a header of -512 bytes"),
+        ({SIZE: binary(-512), TYPE: b"5"}, "has -512 bytes"),
+        ({SIZE: binary(-512), TYPE: b"Z"}, "has -512 bytes"),
+        ({TYPE: b"S", 482: b"\1"}, "link or a device|damaged header"),
+    ],
+)
+def test_absurd_headers_are_refused_at_once(tmp_path, fields, reason):
+    content = make_tar(tmp_path / "a.tar").read_bytes()
+    position = build_shard_index(tmp_path / "a.tar").members(1)["jpg"].offset - 512
+    for field, data in fields.items():
+        content = with_header(content, position, field, data)
+    (tmp_path / "a.tar").write_bytes(content)
+    tracemalloc.start()
+    with pytest.raises(UserError, match=reason):
+        build_shard_index(tmp_path / "a.tar")
+    assert tracemalloc.get_traced_memory()[1] < 8 << 20
+    tracemalloc.stop()
+
+
+def test_names_upon_names_are_refused(tmp_path):
+    with tarfile.open(tmp_path / "a.tar", "w", format=tarfile.GNU_FORMAT) as tar:
+        for _ in range(2000):
+            add(tar, "././@LongLink", b"k\0", type=tarfile.GNUTYPE_LONGNAME)
+    with pytest.raises(UserError, match="not a readable tar"):
+        build_shard_index(tmp_path / "a.tar")
+
+
+@pytest.mark.timeout(60)
+def test_any_header_gives_an_index_or_a_clear_error(tmp_path):
+    content = make_tar(tmp_path / "a.tar").read_bytes()
+    index = build_shard_index(tmp_path / "a.tar")
+    headers = [member.offset - 512 for i in range(3) for member in index.members(i).values()]
+    random, refused = np.random.default_rng(0), 0
+    for _ in range(1500):
+        damaged = content
+        for _ in range(random.integers(1, 4)):
+            data = random.bytes(random.integers(1, 13))
+            damaged = with_header(damaged, int(random.choice(headers)), int(random.integers(0, 500)), data)
+        (tmp_path / "b.tar").write_bytes(damaged)
+        try:
+            parse_shard_index(build_shard_index(tmp_path / "b.tar").to_bytes(), "b")
+        except UserError:
+            refused += 1
+    assert 100 < refused < 1400
 
 
 def test_a_member_twice_is_refused(tmp_path):
