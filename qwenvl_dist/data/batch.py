@@ -31,6 +31,7 @@ class Example:
     grids: tuple[Grid, ...]
     pixels: NDArray[np.uint8]  # (bytes,): the pictures one after another, each (3, height, width)
     bad: BadSampleRecord | None = None
+    position: int | None = None  # in the run; None for a row that the plan does not know
 
 
 @dataclass(frozen=True)
@@ -55,6 +56,7 @@ class CaptionBatch:
     grids: tuple[Grid, ...]  # image_grid_thw on the host
     keys: tuple[str, ...]  # real samples only
     bad: tuple[BadSampleRecord, ...]
+    positions: tuple[int, ...]  # of the run, one a slot, dummies past the end of the run too
 
     @property
     def target_tokens(self) -> int:
@@ -110,4 +112,5 @@ def collate(examples: Sequence[Example], dummy: Example, pad_token: int, image_t
         grids=grids,
         keys=tuple(row.key for row in rows if row.key is not None),
         bad=tuple(row.bad for row in rows if row.bad is not None),
+        positions=tuple(row.position for row in rows if row.position is not None),
     )

@@ -166,6 +166,12 @@ def deal_by_length(lengths: Int64) -> Int64:
     return np.argsort(lengths, axis=1, kind="stable")
 
 
+def positions_digest(positions: Sequence[int] | range) -> int:
+    """Return a sum over positions that tells one set from another, whatever their order; parts may be added up."""
+    mixed = _mix(np.asarray(positions, np.int64).astype(np.uint64) + np.uint64(_GOLDEN))
+    return int((mixed >> np.uint64(32)).sum(dtype=np.uint64))
+
+
 @dataclass(frozen=True)
 class StepLayout:
     """How the positions of one optimizer step are dealt to ranks and micro-batches.

@@ -95,11 +95,10 @@ class SampleLengths:
     def _measure(self, shard: int) -> Int64:
         try:
             index = self.shards.index(shard)
-        except (OSError, UserError) as error:
-            # Ranks that deal by different lengths would take other samples: no rank may guess.
-            raise UserError(
-                f"data.length_grouping: needs every shard's index, but {error}; or set it to false"
-            ) from error
+        except (OSError, UserError):
+            # Its samples will be bad ones wherever they are dealt to. A rank that alone cannot read it deals
+            # differently, which `agree` finds before the step by the positions that all ranks hold together.
+            return np.zeros(self.shards.manifest.shards[shard].samples, np.int64)
         sizes, which = np.unique(index.image_sizes, axis=0, return_inverse=True)
         visual = np.array([self.visual_tokens(w, h) for w, h in sizes.tolist()], np.int64)[which.reshape(-1)]
         until = np.concatenate([[0], np.cumsum(visual)])
@@ -111,6 +110,7 @@ class SampleLengths:
 class PlannedSample:
     """What the plan put into one slot of a micro-batch: bytes, a sample that could not be read, or nothing."""
 
+    position: int
     shard: str = ""
     raw: RawSample | None = None
     bad: BadSampleRecord | None = None
@@ -147,8 +147,12 @@ class PlannedSource(IterableDataset):
         block = max(1, self.BLOCK // per_number)
         for begin in range(0, len(numbers), block):
             positions = self._positions(numbers[begin : begin + block]).reshape(-1)
-            for shard, sample in zip(*map(np.ndarray.tolist, self.plan.find(positions)), strict=True):
-                yield self._read(Place(shard, sample)) if shard >= 0 else PlannedSample()
+            found = (column.tolist() for column in (positions, *self.plan.find(positions)))
+            for position, shard, sample in zip(*found, strict=True):
+                if shard >= 0:
+                    yield self._read(position, Place(shard, sample))
+                else:
+                    yield PlannedSample(position)
 
     def _positions(self, numbers: Int64) -> Int64:
         """Return the (n, micro_batch_size) positions of this rank's micro-batches of these numbers."""
@@ -164,9 +168,9 @@ class PlannedSource(IterableDataset):
         row = row.reshape(-1, 1)
         return positions[row, deal_by_length(lengths)[row, slots]]
 
-    def _read(self, place: Place) -> PlannedSample:
+    def _read(self, position: int, place: Place) -> PlannedSample:
         shard = self.shards.manifest.shards[place.shard].name
         try:
-            return PlannedSample(shard, raw=self.shards.read(place))
+            return PlannedSample(position, shard, raw=self.shards.read(place))
         except BadSample as error:
-            return PlannedSample(shard, bad=BadSampleRecord(error.shard, error.key, error.reason))
+            return PlannedSample(position, shard, bad=BadSampleRecord(error.shard, error.key, error.reason))

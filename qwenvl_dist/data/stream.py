@@ -30,7 +30,6 @@ from qwenvl_dist.data.index import RawSample
 from qwenvl_dist.data.plan import RunPlan, StepLayout
 from qwenvl_dist.data.slots import BatchSlots
 from qwenvl_dist.data.source import PlannedSample, PlannedSource, SampleLengths, ShardSet
-from qwenvl_dist.errors import UserError
 
 
 class SampleEncoder:
@@ -78,12 +77,13 @@ class SampleEncoder:
 
     def __call__(self, sample: PlannedSample) -> Example:
         """Encode what the plan gave; anything unusable becomes a dummy that carries its record."""
-        if sample.raw is None:
-            return replace(self.dummy, bad=sample.bad)
-        try:
-            return self.encode(sample.raw)
-        except (UnreadableImage, TooLong, ValueError) as error:
-            return replace(self.dummy, bad=BadSampleRecord(sample.shard, sample.raw.key, str(error)))
+        bad = sample.bad
+        if sample.raw is not None:
+            try:
+                return replace(self.encode(sample.raw), position=sample.position)
+            except (UnreadableImage, TooLong, ValueError) as error:
+                bad = BadSampleRecord(sample.shard, sample.raw.key, str(error))
+        return replace(self.dummy, position=sample.position, bad=bad)
 
 
 class _Collate:
@@ -110,14 +110,6 @@ def _obey_the_rank_alone(_worker: int) -> None:
         os._exit(0)
 
     threading.Thread(target=wait, daemon=True).start()
-
-
-def _plain_errors(loader: DataLoader) -> Iterator[CaptionBatch]:
-    """Yield the batches; a UserError of a worker comes without the worker's traceback in its text."""
-    try:
-        yield from loader
-    except UserError as error:
-        raise UserError(str(error).strip().rpartition("UserError: ")[2]) from error
 
 
 class CaptionStream:
@@ -180,7 +172,7 @@ class CaptionStream:
             timeout=self.timeout_seconds if self.workers else 0,
         )
         step: list[CaptionBatch] = []
-        for batch in _plain_errors(loader):
+        for batch in loader:
             step.append(slots.take(batch, pin) if slots else batch)
             if len(step) == self.layout.grad_accum_steps:
                 yield step

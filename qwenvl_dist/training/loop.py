@@ -6,6 +6,7 @@ import signal
 import time
 from typing import TYPE_CHECKING, Any
 
+from qwenvl_dist.data.plan import positions_digest
 from qwenvl_dist.errors import CheckFailed
 from qwenvl_dist.logs import get_logger
 from qwenvl_dist.training.optim import learning_rate
@@ -102,15 +103,22 @@ def agree(
     One small sum on the host. The previous step's losses are looked at here, a step late, so that no GPU waits for it.
     """
     bad = [record for batch in micro_batches for record in batch.bad]
-    tokens, samples, num_bad, stopping, broken = state.host.sum(
+    tokens, samples, num_bad, digest, stopping, broken = state.host.sum(
         sum(batch.target_tokens for batch in micro_batches),
         sum(len(batch.keys) for batch in micro_batches),
         len(bad),
+        sum(positions_digest(batch.positions) for batch in micro_batches),
         int(stop.received is not None),
         int(previous is not None and not previous.is_finite),
     )
     if broken:
         raise_not_finite(state, previous)
+    start = state.progress.consumed
+    if digest != positions_digest(range(start, start + state.batches.layout.global_batch_size)):
+        raise CheckFailed(
+            f"step {state.progress.step + 1}: the ranks together do not hold the samples that the plan gives it: "
+            "some rank could not read a shard's index that others could; check the storage, then start again"
+        )
     if stopping:
         stop_early(state, checkpoints, history, stop)
     if num_bad:

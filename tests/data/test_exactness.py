@@ -6,6 +6,7 @@ B: the same global batches whenever the global batch size is unchanged.
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -15,9 +16,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qwenvl_dist.data import source as source_module
-from qwenvl_dist.data.index import RawSample
+from qwenvl_dist.data.index import RawSample, index_path
 from qwenvl_dist.data.plan import Place, RunPlan, StepLayout
-from qwenvl_dist.data.source import PlannedSource, SampleLengths
+from qwenvl_dist.data.source import PlannedSource, SampleLengths, ShardSet
+from tests.made_shards import scene_members, write_shards
 
 EPOCHS = 3
 SIZES = st.lists(st.one_of(st.just(0), st.just(1), st.integers(0, 12)), min_size=1, max_size=10).filter(any)
@@ -199,6 +201,32 @@ def test_chained_resumes_over_4_3_5_and_1_ranks() -> None:
         line = [f"{p.shard}/{p.sample}" for p in data.plan.locate(0, total) if p]
         assert sorted(seen) == sorted(line)
         assert all(seen.count(key) == EPOCHS for key in line)
+
+
+def test_every_slot_carries_its_position_and_steps_hold_what_the_plan_says() -> None:
+    data = Data([7, 0, 1, 13, 3], 5, 2, True)
+    layout = StepLayout(2, 3, 2)
+    shards: Any = NamedShards(data.sizes)
+    lengths = AnyLengths(data.sizes, 1)
+    positions = [
+        [s.position for s in PlannedSource(shards, data.plan, layout, rank, 12, steps=6, lengths=lengths)]
+        for rank in range(2)
+    ]
+    for step in range(6):
+        held = [p for rank in positions for p in rank[step * 6 : step * 6 + 6]]
+        assert sorted(held) == list(range(12 + step * 12, 24 + step * 12))
+
+
+def test_an_index_that_cannot_be_read_moves_nothing_out_of_its_step(tmp_path: Path) -> None:
+    folder = write_shards(tmp_path / "shards", [[scene_members(n)] * 4 for n in range(3)])
+    index_path(folder / "shard-000001.tar").unlink()
+    shards = ShardSet(folder)
+    plan = RunPlan(shards.manifest.shard_sizes, seed=0, window=2)
+    lengths = SampleLengths(shards, lambda width, height: width * height)
+    samples = list(PlannedSource(shards, plan, StepLayout(1, 3, 2), 0, start=0, steps=2, lengths=lengths))
+    assert sorted(sample.position for sample in samples[:6]) == list(range(6))
+    assert sum(sample.bad is not None for sample in samples) == 4
+    assert all(sample.bad.shard == "shard-000001.tar" for sample in samples if sample.bad)
 
 
 def test_grouping_by_length_puts_alike_samples_together() -> None:

@@ -14,6 +14,7 @@ from qwenvl_dist.data.plan import (
     deal_by_length,
     hash_key,
     permute,
+    positions_digest,
 )
 
 MASK = (1 << 64) - 1
@@ -320,3 +321,12 @@ def test_dummies_come_in_the_last_step_alone(layout: StepLayout) -> None:
     assert None not in read[: plan.total_samples] and not any(read[plan.total_samples :])
     assert len(read) - plan.total_samples < layout.global_batch_size
     assert layout.steps(0) == layout.steps(-5) == 0
+
+
+def test_a_digest_of_positions_adds_up_over_ranks_and_tells_other_sets_apart() -> None:
+    whole = positions_digest(range(100, 164))
+    assert whole == positions_digest(range(100, 130)) + positions_digest([*range(163, 129, -1)])
+    assert positions_digest([]) == 0
+    for other in (range(99, 163), [*range(100, 163), 162], [*range(100, 163), 164], range(100, 163)):
+        assert positions_digest(other) != whole
+    assert 4096 * 2**32 < 2**63  # a sum over any global batch fits the exchange between ranks

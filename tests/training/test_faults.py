@@ -1,10 +1,12 @@
 """Uneven data, bad samples, signals and broken losses: every rank goes on, or stops with one message."""
 
 import json
+import os
 import shutil
 import zlib
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -15,7 +17,8 @@ from qwenvl_dist.data.index import Manifest, index_path, load_shard_index
 from qwenvl_dist.data.pack import pack
 from qwenvl_dist.files import sha256_of
 from qwenvl_dist.synthetic.scenes import write_scenes
-from tests.training.runs import ledger, losses, read_lines, train, write_recipe
+from tests.ranks import run_ranks
+from tests.training.runs import TIMEOUT, ledger, losses, read_lines, run_train, train, write_recipe
 
 pytestmark = pytest.mark.dist
 
@@ -145,6 +148,31 @@ def test_past_the_budget_every_rank_stops_with_the_same_message(
     messages = {line.split("error: ")[1] for line in lines}
     assert len(lines) == 2 and len(messages) == 1
     assert "bad_sample_budget" in messages.pop()
+
+
+def run_half_blind(recipe: str) -> None:
+    """One rank: train; rank 1 alone cannot read the index of one shard."""
+    from qwenvl_dist.data.source import ShardSet
+
+    readable = ShardSet.index
+
+    def index(self: ShardSet, shard: int) -> Any:
+        if os.environ["RANK"] == "1" and shard == 1:
+            raise OSError("stale file handle")
+        return readable(self, shard)
+
+    ShardSet.index = index  # type: ignore[method-assign]
+    run_train(recipe)
+
+
+def test_ranks_that_would_deal_a_step_differently_stop_before_it(tmp_path: Path, scenes_base: Path) -> None:
+    scenes = write_scenes(tmp_path / "scenes", 40)  # captions of several lengths
+    coco, out = scenes["train"], tmp_path / "run"
+    pack(read_coco_captions(coco, coco.parent / "images"), tmp_path / "shards", samples_per_shard=13)
+    recipe = write_recipe(tmp_path / "r.yaml", scenes_base, tmp_path / "shards", out)
+    with pytest.raises(AssertionError, match="hold the samples that the plan gives it"):
+        run_ranks("tests.training.test_faults:run_half_blind", 2, timeout=TIMEOUT, recipe=str(recipe))
+    assert not read_lines(out / "bad_samples.jsonl")
 
 
 def test_a_loss_that_is_not_finite_stops_all_ranks_and_names_the_samples(
