@@ -16,6 +16,10 @@ from numpy.typing import NDArray
 from qwenvl_dist.errors import UserError
 
 IGNORE = -100  # label of a token without loss
+IMAGE = "<|image_pad|>"
+ANSWER = "<|im_start|>assistant\n"  # begins a turn of the assistant
+HEADS_KEPT = 256  # encoded beginnings of conversations
+HEAD_CHARACTERS = 1000  # longer ones are hardly ever said twice
 Int64 = NDArray[np.int64]
 Grid = tuple[int, int, int]  # (time, height, width) of one picture, in patches
 
@@ -75,10 +79,11 @@ class ChatEncoder:
         self.merge_size = int(processor.image_processor.merge_size)
         self.max_length = max_length
         vocabulary = self.tokenizer.get_vocab()
-        for token in ("<|im_start|>", "<|im_end|>", "<|image_pad|>"):
+        for token in ("<|im_start|>", "<|im_end|>", IMAGE):
             if token not in vocabulary:
                 raise UserError(f"tokenizer: has no token {token!r}; use the tokenizer of a Qwen2-VL model")
-        self.image_token = vocabulary["<|image_pad|>"]
+        self._heads: dict[tuple[str, tuple[Grid, ...]], tuple[Int64, NDArray[np.bool_], Int64]] = {}
+        self.image_token = vocabulary[IMAGE]
         self.end_of_turn = vocabulary["<|im_end|>"]
         self.start_of_turn = vocabulary["<|im_start|>"]
         pad = self.tokenizer.pad_token_id
@@ -95,18 +100,20 @@ class ChatEncoder:
 
     def _tokenize(self, text: str) -> tuple[Int64, NDArray[np.bool_]]:
         """Return token ids and which of them are learned: an assistant's words and the end of its turn."""
-        encoded = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
-        ids = np.asarray(encoded["input_ids"], np.int64)
-        offsets = np.asarray(encoded["offset_mapping"], np.int64).reshape(-1, 2)
+        # Straight to the tokenizer's own library: the wrapper around it costs more than the tokens.
+        encoded = self.tokenizer.backend_tokenizer.encode(text, add_special_tokens=False)
+        ids = np.array(encoded.ids, np.int64)
         learned = np.zeros(len(ids), bool)
-        header = "<|im_start|>assistant\n"
         ends = np.flatnonzero(ids == self.end_of_turn)
-        for start in np.flatnonzero(ids == self.start_of_turn):
-            first_char = int(offsets[start, 0])
-            if text.startswith(header, first_char):
-                end = ends[np.searchsorted(ends, start)]
-                words = offsets[start : end + 1, 0] >= first_char + len(header)
-                learned[start : end + 1] = words
+        offsets = encoded.offsets
+        for start in np.flatnonzero(ids == self.start_of_turn).tolist():
+            first_char = offsets[start][0]
+            if text.startswith(ANSWER, first_char):
+                end = int(ends[np.searchsorted(ends, start)])
+                first = first_char + len(ANSWER)
+                while start <= end and offsets[start][0] < first:
+                    start += 1
+                learned[start : end + 1] = True
         return ids, learned
 
     def _widen(
@@ -144,9 +151,37 @@ class ChatEncoder:
             for token in ("<|im_start|>", "<|im_end|>"):
                 if token in text:
                     raise ValueError(f"a text holds {token!r}, which would begin or end a turn")
-        ids, learned = self._cut(*self._widen(*self._tokenize(self.render(messages)), grids))
+        text = self.render(messages)
+        # The marks of a turn part the text before anything else is looked at, so the last answer and what comes before
+        # it give the same tokens apart as together; a caption's prompt is then encoded once for each picture size.
+        before, mark, answer = text.rpartition(ANSWER)
+        if mark and len(before) <= HEAD_CHARACTERS and before.count(IMAGE) == len(grids):
+            head_ids, head_learned, head_positions = self._head(before, tuple(grids))
+            ids, learned = self._tokenize(mark + answer)
+            ids = np.concatenate([head_ids, ids])
+            if len(ids) <= self.max_length:
+                learned = np.concatenate([head_learned, learned])
+                positions = np.empty((3, len(ids)), np.int64)
+                positions[:, : len(head_ids)] = head_positions
+                next_position = head_positions.max(initial=-1) + 1
+                positions[:, len(head_ids) :] = np.arange(
+                    next_position, next_position + len(ids) - len(head_ids)
+                )
+                return EncodedChat(ids, np.where(learned, ids, IGNORE), positions)
+        ids, learned = self._cut(*self._widen(*self._tokenize(text), grids))
         positions = mrope_positions(ids == self.image_token, grids, self.merge_size)
         return EncodedChat(ids, np.where(learned, ids, IGNORE), positions)
+
+    def _head(self, text: str, grids: tuple[Grid, ...]) -> tuple[Int64, NDArray[np.bool_], Int64]:
+        """Return ids, learned and positions of what comes before the last answer."""
+        head = self._heads.get((text, grids))
+        if head is None:
+            ids, learned = self._widen(*self._tokenize(text), grids)
+            head = ids, learned, mrope_positions(ids == self.image_token, grids, self.merge_size)
+            if len(self._heads) >= HEADS_KEPT:
+                self._heads.clear()
+            self._heads[text, grids] = head
+        return head
 
     def encode_prompt(self, messages: list[dict[str, Any]], grids: Sequence[Grid]) -> Int64:
         """Return the input_ids (seq,) of a conversation that the model is to answer."""

@@ -46,10 +46,10 @@ class BatchSlots:
     """
 
     def __init__(self, workers: int, depth: int, slot_bytes: int) -> None:
-        self.depth, self.slot_bytes = depth, slot_bytes
+        self.depth, self.slot_bytes = depth, -(-slot_bytes // mmap.PAGESIZE) * mmap.PAGESIZE
         self._next = 0  # counted in each worker for itself
-        shared = mmap.mmap(-1, workers * (depth + 1) * slot_bytes)
-        self._slots = torch.frombuffer(shared, dtype=torch.uint8).view(workers, depth + 1, slot_bytes)
+        shared = mmap.mmap(-1, workers * (depth + 1) * self.slot_bytes)
+        self._slots = torch.frombuffer(shared, dtype=torch.uint8).view(workers, depth + 1, self.slot_bytes)
 
     @staticmethod
     def usable() -> bool:
@@ -58,7 +58,9 @@ class BatchSlots:
 
     def put(self, batch: CaptionBatch) -> CaptionBatch | SlottedBatch:
         """Copy a batch into the worker's next slot; one that is too large stays as it is."""
-        tensors = sorted(batch.tensors().items(), key=lambda item: -item[1].element_size())  # keeps int64 aligned
+        tensors = sorted(
+            batch.tensors().items(), key=lambda item: -item[1].element_size()
+        )  # keeps int64 aligned
         end = sum(tensor.nbytes for _, tensor in tensors)
         worker = get_worker_info()
         assert worker is not None, "slots are for loader workers"
@@ -68,7 +70,8 @@ class BatchSlots:
         parts, start = {}, 0
         for name, tensor in tensors:
             parts[name] = _Part(start, tensor.nbytes, tensor.dtype, tuple(tensor.shape))
-            self._slots[worker.id, slot, start : start + tensor.nbytes] = tensor.reshape(-1).view(torch.uint8)
+            place = self._slots[worker.id, slot, start : start + tensor.nbytes]
+            place.view(tensor.dtype).view(tensor.shape).copy_(tensor)
             start += tensor.nbytes
         rest = {name: value for name, value in vars(batch).items() if name not in parts}
         return SlottedBatch(worker.id, slot, end, parts, rest)
