@@ -5,6 +5,7 @@ import json
 from collections.abc import Iterator, Sequence
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import webdataset
 
@@ -80,10 +81,12 @@ def stream(
     workers: int = 0,
     epochs: int = 1,
     shuffle: bool = True,
+    length_grouping: bool = False,
 ) -> CaptionStream:
     shards = ShardSet(folder)
     plan = RunPlan(shards.manifest.shard_sizes, seed=5, window=2, epochs=epochs, shuffle=shuffle)
-    return CaptionStream(shards, plan, layout, encoder, rank=rank, workers=workers, timeout_seconds=60)
+    options: Any = {"workers": workers, "timeout_seconds": 60, "length_grouping": length_grouping}
+    return CaptionStream(shards, plan, layout, encoder, rank=rank, **options)
 
 
 def keys_of(steps: Iterator[list[CaptionBatch]]) -> list[str]:

@@ -3,8 +3,8 @@
 import json
 import os
 import shutil
-import zlib
-from dataclasses import replace
+from collections import Counter
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -12,45 +12,13 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from qwenvl_dist.data.formats import read_coco_captions
 from qwenvl_dist.data.index import Manifest, index_path, load_shard_index
-from qwenvl_dist.data.pack import pack
-from qwenvl_dist.files import sha256_of
-from qwenvl_dist.synthetic.scenes import write_scenes
+from qwenvl_dist.data.plan import RunPlan
+from tests.made_shards import key_of, scene_members, write_shards
 from tests.ranks import run_ranks
 from tests.training.runs import TIMEOUT, ledger, losses, read_lines, run_train, train, write_recipe
 
 pytestmark = pytest.mark.dist
-
-
-def pack_uneven(folder: Path, sizes: list[int]) -> Path:
-    """Pack scenes into shards of exactly these sizes, an empty one included."""
-    import hashlib
-    import tarfile
-
-    from qwenvl_dist.data.index import ShardEntry, build_shard_index
-
-    captions = write_scenes(folder / "scenes", sum(sizes), seed=3)["train"]
-    single = folder / "single"
-    pack(read_coco_captions(captions, captions.parent / "images"), single, samples_per_shard=1)
-    out, entries = folder / "uneven", []
-    out.mkdir()
-    tars = iter(sorted(single.glob("*.tar")))
-    for number, size in enumerate(sizes):
-        path = out / f"shard-{number:06d}.tar"
-        with tarfile.open(path, "w") as joined:
-            for source in (next(tars) for _ in range(size)):
-                with tarfile.open(source) as one:
-                    for member in one:
-                        joined.addfile(member, one.extractfile(member))
-        index = build_shard_index(path)
-        index_path(path).write_bytes(index.to_bytes())
-        sha256 = {p: hashlib.sha256(p.read_bytes()).hexdigest() for p in (path, index_path(path))}
-        entries.append(
-            ShardEntry(path.name, path.stat().st_size, sha256[path], sha256[index_path(path)], samples=size)
-        )
-    Manifest(entries).write(out)
-    return out
 
 
 def all_keys(shards: Path) -> list[str]:
@@ -65,7 +33,9 @@ def all_keys(shards: Path) -> list[str]:
 def test_two_epochs_over_uneven_shards_see_every_sample_twice(
     tmp_path: Path, scenes_base: Path, stage: int
 ) -> None:
-    shards = pack_uneven(tmp_path, [7, 1, 13, 0, 5])
+    shards = write_shards(
+        tmp_path / "shards", [[scene_members(number) for number in range(size)] for size in (7, 1, 13, 0, 5)]
+    )
     out = tmp_path / "run"
     recipe = write_recipe(
         tmp_path / "r.yaml", scenes_base, shards, out, stage,
@@ -78,76 +48,94 @@ def test_two_epochs_over_uneven_shards_see_every_sample_twice(
     assert [path.name for path in (out / "checkpoints").iterdir()] == ["step-00000005"]  # ceil(52 / 12)
 
 
-@pytest.fixture
-def damaged(tmp_path: Path, scene_shards: Path) -> tuple[Path, set[str]]:
-    """A copy of the shards with a cut JPEG (packed so) and a flipped byte; and the keys of the two."""
-    shards = tmp_path / "damaged"
-    shutil.copytree(scene_shards, shards)
-    manifest = Manifest.load(shards)
-    flipped = shards / manifest.shards[1].name
-    index = load_shard_index(index_path(flipped))
-    place = index.members(2)["jpg"].offset + 100
-    data = bytearray(flipped.read_bytes())
-    data[place] ^= 0x40
-    flipped.write_bytes(data)
+SIZES = (13, 13, 13, 1)
+REASONS = {  # of the samples that `damaged` spoils
+    "s00-03": "jpg: checksum differs",
+    "s01-04": "cannot be decoded: image file is truncated",
+    "s01-07": "json: missing member",
+    "s02-12": "json: checksum differs",
+    "s03-00": "missing shard file",
+}
 
-    cut = shards / manifest.shards[2].name
-    other = load_shard_index(index_path(cut))
-    member = other.members(4)["jpg"]
-    data = bytearray(cut.read_bytes())
-    middle = member.offset + member.size // 2
-    data[middle : member.offset + member.size] = bytes(member.offset + member.size - middle)
-    cut.write_bytes(data)
-    crcs = other.crcs.copy()  # as if it had been packed cut: its checksum fits
-    crcs[other.offsets == member.offset] = zlib.crc32(data[member.offset : member.offset + member.size])
-    index_path(cut).write_bytes(replace(other, crcs=crcs).to_bytes())
-    entries = [
-        replace(entry, index_sha256=sha256_of(index_path(cut))) if entry.name == cut.name else entry
-        for entry in manifest.shards
+
+@pytest.fixture
+def damaged(tmp_path: Path) -> Path:
+    """Shards whose samples `REASONS` are bad: rotted, packed from bad files, or gone with their shard."""
+    numbers = iter(range(sum(SIZES)))
+    samples = [[scene_members(next(numbers)) for _ in range(size)] for size in SIZES]
+    samples[1][4]["jpg"] = samples[1][4]["jpg"][:-100]
+    del samples[1][7]["json"]
+    folder = write_shards(tmp_path / "damaged", samples)
+    for shard, sample, extension in ((0, 3, "jpg"), (2, 12, "json")):
+        tar = folder / f"shard-{shard:06d}.tar"
+        place = load_shard_index(index_path(tar)).members(sample)[extension].offset + 20
+        content = bytearray(tar.read_bytes())
+        content[place] ^= 0x40
+        tar.write_bytes(content)
+    (folder / "shard-000003.tar").unlink()
+    return folder
+
+
+def steps_of(keys: Iterable[str], global_batch_size: int) -> dict[str, int]:
+    """In which step the plan first takes each of these samples."""
+    order = [
+        key_of(place.shard, place.sample)
+        for place in RunPlan(SIZES, seed=0, window=64).locate(0, 40)
+        if place
     ]
-    Manifest(entries).write(shards)
-    return shards, {index.keys[2], other.keys[4]}
+    return {key: order.index(key) // global_batch_size + 1 for key in keys}
 
 
 def test_bad_samples_are_named_and_counted_and_the_run_goes_on(
-    tmp_path: Path, scenes_base: Path, damaged: tuple[Path, set[str]]
+    tmp_path: Path, scenes_base: Path, damaged: Path
 ) -> None:
-    shards, bad = damaged
     out = tmp_path / "run"
     recipe = write_recipe(
-        tmp_path / "r.yaml", scenes_base, shards, out,
-        data={"bad_sample_budget": 0.05},
-        train={"max_steps": None, "epochs": 1, "grad_accum_steps": 2},
+        tmp_path / "r.yaml", scenes_base, damaged, out,
+        data={"bad_sample_budget": 5 / 40},
+        train={"max_steps": None, "epochs": 2, "grad_accum_steps": 2},
     )  # fmt: skip
     train(recipe, 2)
+    steps = steps_of(REASONS, 8)
+    assert len(set(steps.values())) > 2
     records = read_lines(out / "bad_samples.jsonl")
-    assert {record["key"] for record in records} == bad
-    assert len(records) == 2
-    assert all(record["reason"] and record["shard"] and record["step"] >= 1 for record in records)
-    seen = [key for keys in ledger(out).values() for key in keys]
-    assert sorted(seen) == sorted(set(all_keys(shards)) - bad)
-    assert read_lines(out / "metrics.jsonl")[-1]["bad_samples"] == 2
+    for record in records:
+        assert REASONS[record["key"]] in record.pop("reason")
+    # Once each, although both epochs meet them.
+    assert sorted(records, key=lambda record: record["key"]) == [
+        {"shard": f"shard-0000{key[1:3]}.tar", "key": key, "step": steps[key]} for key in REASONS
+    ]
+    assert [record["step"] for record in records] == sorted(steps.values())
+    good = {key_of(shard, sample) for shard, size in enumerate(SIZES) for sample in range(size)} - {*REASONS}
+    assert Counter(key for keys in ledger(out).values() for key in keys) == dict.fromkeys(good, 2)
+    assert read_lines(out / "metrics.jsonl")[-1]["bad_samples"] == len(REASONS)
+    manifest = json.loads((out / "checkpoints" / "step-00000010" / "MANIFEST.json").read_text())
+    assert {key for _, key, _ in manifest["data"]["bad_samples"]} == set(REASONS)
 
 
-def test_past_the_budget_every_rank_stops_with_the_same_message(
-    tmp_path: Path, scenes_base: Path, damaged: tuple[Path, set[str]]
+def test_past_the_budget_every_rank_stops_at_the_same_step_with_the_same_message(
+    tmp_path: Path, scenes_base: Path, damaged: Path
 ) -> None:
-    shards, _ = damaged
     out = tmp_path / "run"
     recipe = write_recipe(
-        tmp_path / "r.yaml",
-        scenes_base,
-        shards,
-        out,
-        data={"bad_sample_budget": 0.0},
-        train={"max_steps": None},
-    )
+        tmp_path / "r.yaml", scenes_base, damaged, out,
+        data={"bad_sample_budget": 2 / 40},
+        train={"max_steps": None, "epochs": 2, "grad_accum_steps": 2},
+    )  # fmt: skip
     with pytest.raises(AssertionError) as failure:
         train(recipe, 2)
+    met = sorted(steps_of(REASONS, 8).values())
+    step = met[2]  # the third bad sample is one too many
+    bad = sum(other <= step for other in met)
     lines = [line for line in str(failure.value).splitlines() if "error: step" in line]
     messages = {line.split("error: ")[1] for line in lines}
     assert len(lines) == 2 and len(messages) == 1
-    assert "bad_sample_budget" in messages.pop()
+    assert messages.pop().startswith(
+        f"step {step}: {bad} bad samples, 2 allowed (data.bad_sample_budget = 0.05 of 40); the last is s0"
+    )
+    assert len(read_lines(out / "bad_samples.jsonl")) == bad
+    assert list(ledger(out)) == list(range(1, step))
+    assert "Traceback" not in str(failure.value)
 
 
 def run_half_blind(recipe: str) -> None:
@@ -165,11 +153,11 @@ def run_half_blind(recipe: str) -> None:
     run_train(recipe)
 
 
-def test_ranks_that_would_deal_a_step_differently_stop_before_it(tmp_path: Path, scenes_base: Path) -> None:
-    scenes = write_scenes(tmp_path / "scenes", 40)  # captions of several lengths
-    coco, out = scenes["train"], tmp_path / "run"
-    pack(read_coco_captions(coco, coco.parent / "images"), tmp_path / "shards", samples_per_shard=13)
-    recipe = write_recipe(tmp_path / "r.yaml", scenes_base, tmp_path / "shards", out)
+def test_ranks_that_would_deal_a_step_differently_stop_before_it(
+    tmp_path: Path, scenes_base: Path, scene_shards: Path
+) -> None:
+    out = tmp_path / "run"
+    recipe = write_recipe(tmp_path / "r.yaml", scenes_base, scene_shards, out)
     with pytest.raises(AssertionError, match="hold the samples that the plan gives it"):
         run_ranks("tests.training.test_faults:run_half_blind", 2, timeout=TIMEOUT, recipe=str(recipe))
     assert not read_lines(out / "bad_samples.jsonl")
