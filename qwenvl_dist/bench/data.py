@@ -106,7 +106,7 @@ def measure(
     rounds: int = 5,
     exact_resize: bool = False,
 ) -> dict[str, Any]:
-    """Return the report: `*_per_second` of each path, the ratios of the full path to the others, the workers' memory."""
+    """Return the report: `*_per_second` of each path, the stream's ratios to the others, the workers' memory."""
     folder = resolve_base(base)
     processor = load_processor(folder)
     rule = ImageSizeRule.of(image_size, processor, "--image-size")

@@ -14,9 +14,9 @@ from itertools import cycle, islice
 from pathlib import Path
 from typing import Any
 
-import webdataset as wds
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset, RandomSampler
+from webdataset.compat import WebDataset
 
 from qwenvl_dist.data.formats import parse_sample_json
 from qwenvl_dist.data.images import ImageSizeRule
@@ -60,6 +60,7 @@ class HubCollate:
         self.processor = processor
 
     def __call__(self, rows: Sequence[tuple[list, list[Image.Image]]]) -> dict[str, Any]:
+        """Return what the model's forward takes."""
         texts = [self.processor.apply_chat_template(messages, tokenize=False) for messages, _ in rows]
         images = [picture for _, pictures in rows for picture in pictures]
         inputs = self.processor(text=texts, images=images or None, padding=True, return_tensors="pt")
@@ -88,14 +89,9 @@ def _pictures_of(sample: dict[str, Any]) -> tuple[list, list[Image.Image]]:
 
 def plain_webdataset(shards: Sequence[Path], processor: Any, batch_size: int, workers: int) -> Iterator[int]:
     """Webdataset's own reading, `shuffle(1000)` and PIL decoding, then the same processor."""
-    pipeline = (
-        wds.WebDataset([str(path) for path in shards], shardshuffle=100, empty_check=False)
-        .repeat()
-        .shuffle(1000)
-        .decode("pil")
-        .map(_pictures_of)
-        .batched(batch_size, collation_fn=HubCollate(processor), partial=False)
-    )
+    read: Any = WebDataset([str(path) for path in shards], shardshuffle=100, empty_check=False)
+    rows = read.repeat().shuffle(1000).decode("pil").map(_pictures_of)
+    pipeline = rows.batched(batch_size, collation_fn=HubCollate(processor), partial=False)
     # More workers than shards would leave some without any, for ever asking.
     for batch in DataLoader(pipeline, batch_size=None, num_workers=min(workers, len(shards))):
         yield len(batch["image_grid_thw"]) if "image_grid_thw" in batch else 0
@@ -114,7 +110,7 @@ def dataset_map(samples: Sequence[RawSample], processor: Any, side: int | None) 
     def process(example: dict[str, str]) -> dict[str, Any]:
         messages = copy.deepcopy(conversations[example["key"]])
         text = processor.apply_chat_template(messages, tokenize=False)
-        images, _ = process_vision_info(messages)
+        images = process_vision_info(messages)[0]
         inputs = processor(text=[text], images=images, padding=True, return_tensors="pt")
         return {name: tensor.tolist() for name, tensor in inputs.items()}
 

@@ -42,7 +42,8 @@ class BatchSlots:
     """Shared memory of `depth` + 1 slots for each forked worker.
 
     DataLoader lets a worker run at most `depth` (its prefetch factor) batches ahead of the one that was taken last, so
-    a slot is never written before it was copied out. Memory is only used where batches were written.
+    a slot is never written before it was copied out. Only once another worker is done can one be asked for more, and
+    then it has at most one batch left, since the plan deals micro-batches in turn. Memory is only used where batches were written.
     """
 
     def __init__(self, workers: int, depth: int, slot_bytes: int) -> None:

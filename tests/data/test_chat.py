@@ -143,6 +143,28 @@ def test_answers_and_their_end_of_turn_are_learned_and_nothing_else(real_process
     assert not learned[-1] and encoded.input_ids.shape == encoded.labels.shape
 
 
+@pytest.mark.parametrize("name", CASES)
+def test_a_beginning_that_is_kept_changes_nothing(real_processor: Any, name: str) -> None:
+    messages, sizes = CASES[name]
+    grids = [(1, 4, 4 + 2 * number) for number in range(len(sizes))]
+    kept = ChatEncoder(real_processor, 8192)
+    first, again = kept.encode(messages, grids), kept.encode(messages, grids)
+    for field in ("input_ids", "labels", "position_ids"):
+        assert np.array_equal(getattr(first, field), getattr(again, field))
+    # Turns, not only the last answer's, are tokenized as one text too.
+    whole = real_processor.tokenizer(kept.render(messages), add_special_tokens=False)["input_ids"]
+    one_each = [token for token, next_one in zip(again.input_ids, [*again.input_ids[1:], -1], strict=True)
+                if token != kept.image_token or next_one != kept.image_token]  # fmt: skip
+    assert one_each == whole
+
+
+def test_kept_beginnings_are_few(scenes_processor: Any) -> None:
+    chat = ChatEncoder(scenes_processor, 256)
+    for number in range(600):
+        chat.encode([user(text(f"{number}")), assistant("a circle")], [])
+    assert 0 < len(chat._heads) <= 256
+
+
 def test_prompt_ends_where_the_answer_begins(real_processor: Any) -> None:
     messages, _ = CASES["one image"]
     encoder = ChatEncoder(real_processor, 8192)
