@@ -44,7 +44,12 @@ class ShardSet:
         if reader is None:
             entry = self.manifest.shards[shard]
             path = self.folder / entry.name
-            reader = ShardReader(path, load_shard_index(index_path(path), entry.index_sha256))
+            index = load_shard_index(index_path(path), entry.index_sha256)
+            if len(index) != entry.samples:
+                raise UserError(
+                    f"{index_path(path)}: holds {len(index)} samples, the manifest says {entry.samples}: pack again"
+                )
+            reader = ShardReader(path, index)
             while len(self._readers) >= self.keep_open:
                 self._readers.popitem(last=False)[1].close()
         self._readers[shard] = reader

@@ -137,6 +137,16 @@ def test_a_stream_goes_on_at_any_step_and_in_any_split(
     assert list(other.iterate(78)) == [] and list(other.iterate(1000)) == []
 
 
+def test_a_micro_batch_of_dummies_alone_comes_out_of_a_worker(uneven: Path, encoder: SampleEncoder) -> None:
+    layout = StepLayout(3, 5, 3)  # 26 samples fill five micro-batches and a sixth by one; nine there must be
+    for rank in range(3):
+        [alone] = stream(uneven, encoder, layout=layout, rank=rank).iterate()
+        [arrived] = stream(uneven, encoder, layout=layout, rank=rank, workers=2).iterate()
+        assert not alone[2].keys and alone[2].target_tokens == 0
+        for one, other in zip(alone, arrived, strict=True):
+            assert_same(one, other)
+
+
 def test_unshuffled_stream_is_what_plain_webdataset_reads(scene_shards: Path) -> None:
     shards = ShardSet(scene_shards)
     sizes = shards.manifest.shard_sizes

@@ -163,6 +163,24 @@ def test_ranks_that_would_deal_a_step_differently_stop_before_it(
     assert not read_lines(out / "bad_samples.jsonl")
 
 
+def test_an_index_of_another_shard_costs_the_samples_of_its_own(
+    tmp_path: Path, scenes_base: Path, scene_shards: Path
+) -> None:
+    shards = shutil.copytree(scene_shards, tmp_path / "shards")
+    shutil.copy(shards / "shard-000000.tar.idx", shards / "shard-000001.tar.idx")
+    out = tmp_path / "run"
+    recipe = write_recipe(
+        tmp_path / "r.yaml", scenes_base, shards, out,
+        data={"bad_sample_budget": 0.5},
+        train={"max_steps": None, "epochs": 1, "grad_accum_steps": 2},
+    )  # fmt: skip
+    train(recipe, 2)
+    named = Counter((record["shard"], record["key"]) for record in read_lines(out / "bad_samples.jsonl"))
+    assert named == {("shard-000001.tar", f"#{sample}"): 1 for sample in range(13)}
+    keys = all_keys(scene_shards)
+    assert sorted(key for step in ledger(out).values() for key in step) == sorted(keys[:13] + keys[26:])
+
+
 def test_a_loss_that_is_not_finite_stops_all_ranks_and_names_the_samples(
     tmp_path: Path, scenes_base: Path, scene_shards: Path
 ) -> None:
