@@ -21,7 +21,7 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
     )
     parser.add_argument("model", metavar="MODEL", help="a base, a merged model's folder, or a hub id")
     parser.add_argument(
-        "--shards", metavar="DIR", type=Path, required=True, help="a folder that `shards pack` wrote"
+        "--shards", metavar="DIR", required=True, help="a folder that `shards pack` wrote, or a URL"
     )
     parser.add_argument("--out", metavar="DIR", type=Path, required=True, help="folder for the results")
     parser.add_argument("--limit", metavar="N", type=int, help="only the first N samples")

@@ -9,7 +9,6 @@ import shutil
 import sys
 import time
 from itertools import groupby
-from pathlib import Path
 
 from qwenvl_dist.data.formats import DEFAULT_JOIN, DEFAULT_PROMPT, READERS
 
@@ -23,9 +22,11 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
 
     pack = actions.add_parser("pack", help="pictures and captions -> shards, indexes and a manifest")
     pack.add_argument("--source", required=True, choices=sorted(READERS), help="the form of the captions")
-    pack.add_argument("--captions", type=Path, required=True, metavar="FILE", help="COCO captions JSON")
-    pack.add_argument("--images", type=Path, required=True, metavar="DIR", help="the folder of the pictures")
-    pack.add_argument("--out", type=Path, required=True, metavar="DIR", help="the folder to write")
+    pack.add_argument("--captions", required=True, metavar="FILE", help="COCO captions JSON, a file or URL")
+    pack.add_argument("--images", required=True, metavar="DIR", help="the pictures, a folder or URL")
+    pack.add_argument(
+        "--out", required=True, metavar="DIR", help="the folder to write, or a URL such as s3://"
+    )
     pack.add_argument("--prompt", default=DEFAULT_PROMPT, help="the user's text (default: %(default)r)")
     pack.add_argument(
         "--join", default=DEFAULT_JOIN, help="between a picture's captions (default: %(default)r)"
@@ -42,13 +43,13 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
     pack.set_defaults(run=run)
 
     verify = actions.add_parser("verify", help="check every byte; exit code 1 if anything is bad")
-    verify.add_argument("folder", type=Path, metavar="DIR")
+    verify.add_argument("folder", metavar="DIR", help="a folder or URL")
     _add_workers(verify)
     verify.add_argument("--json", action="store_true", help="print the result as one JSON object")
     verify.set_defaults(run=run)
 
     show = actions.add_parser("show", help="print what is inside, a line a sample")
-    show.add_argument("folder", type=Path, metavar="DIR")
+    show.add_argument("folder", metavar="DIR", help="a folder or URL")
     show.add_argument("--limit", type=int, metavar="N", help="stop after N samples")
     show.set_defaults(run=run)
 
@@ -81,7 +82,7 @@ def _run_pack(args: argparse.Namespace) -> int:
     for bad in report.skipped[:EXAMPLES_SHOWN]:
         log.warning("left out %s: %s", bad.key, bad.reason)
     if len(report.skipped) > EXAMPLES_SHOWN:
-        log.warning("left out %d samples, all named in %s", len(report.skipped), args.out / "manifest.json")
+        log.warning("left out %d samples, all named in %s", len(report.skipped), f"{args.out}/manifest.json")
     num_shards = len(report.manifest.shards)
     if not report.shards_written:
         log.info(
@@ -135,19 +136,21 @@ def _run_show(args: argparse.Namespace) -> int:
     return 0
 
 
-def _show(folder: Path, limit: int | None) -> None:
+def _show(place: str, limit: int | None) -> None:
     from rich.cells import cell_len, set_cell_size
 
     from qwenvl_dist.data.formats import parse_sample_json
-    from qwenvl_dist.data.index import BadSample, Manifest, ShardReader, index_path, load_shard_index
+    from qwenvl_dist.data.index import BadSample, Manifest, ShardReader, read_shard_index
+    from qwenvl_dist.data.storage import open_storage
 
     width = shutil.get_terminal_size((160, 24)).columns
     shown = 0
-    for entry in Manifest.load(folder).shards:
+    storage = open_storage(place)
+    for entry in Manifest.load(storage).shards:
         if limit is not None and shown >= limit:
             return
-        index = load_shard_index(index_path(folder / entry.name))
-        reader = ShardReader(folder / entry.name, index)
+        index = read_shard_index(storage, entry.name)
+        reader = ShardReader(storage.open(entry.name), index)
         for i, key in enumerate(index.keys[: None if limit is None else limit - shown]):
             try:
                 text = _text_of(parse_sample_json(reader.read_member(i, "json")))

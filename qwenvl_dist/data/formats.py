@@ -7,6 +7,7 @@ texts give the same messages as through COCO.
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -14,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from qwenvl_dist.data.storage import LocalStorage, Storage, open_file, open_storage
 from qwenvl_dist.errors import UserError
 
 DEFAULT_PROMPT = "COCO Yes:"
@@ -26,24 +28,30 @@ SAFE_KEY = re.compile(r"[A-Za-z0-9_-]{1,80}")
 
 @dataclass(frozen=True)
 class ImageRef:
-    """A picture that is not read yet."""
+    """A picture that is not read yet, on disk or in `storage`."""
 
-    path: Path
+    path: Path  # in `storage`: relative to it
+    storage: Storage | None = None
 
     def __str__(self) -> str:
-        return str(self.path)
+        return str(self.path) if self.storage is None else f"{self.storage.location}/{self.path}"
 
     def read(self) -> bytes:
         """Return the file's bytes as they are."""
-        return self.path.read_bytes()
+        return self._place.read_bytes(str(self.path))
 
     def num_bytes(self) -> int:
         """Return the file's size without reading it."""
-        return self.path.stat().st_size
+        return self._place.stat(str(self.path)).size
 
-    def modified_ns(self) -> int:
-        """Return when the file last changed, in nanoseconds."""
-        return self.path.stat().st_mtime_ns
+    def modified_ns(self) -> float:
+        """Return when the file last changed, in nanoseconds; infinity where that cannot be told."""
+        modified = self._place.stat(str(self.path)).modified_ns
+        return math.inf if modified is None else modified
+
+    @property
+    def _place(self) -> Storage:
+        return self.storage or LocalStorage(Path())
 
 
 @dataclass(frozen=True)
@@ -113,8 +121,8 @@ def parse_sample_json(data: bytes, num_images: int | None = None) -> dict[str, A
 
 
 def read_coco_captions(
-    captions: Path,
-    images: Path,
+    captions: str | Path,
+    images: str | Path,
     prompt: str = DEFAULT_PROMPT,
     join: str = DEFAULT_JOIN,
     allow_missing: bool = False,
@@ -122,12 +130,12 @@ def read_coco_captions(
     """Yield a sample a picture of a COCO captions file, by image id, its captions joined in the file's order.
 
     Keys are the stems of the file names when all are safe and differ, else the image ids, zero-padded. A
-    missing picture is a `UserError` unless `allow_missing` leaves it to the packer.
+    missing picture is a `UserError` unless `allow_missing` leaves it to the packer, as for remote ones is the rule.
     """
-    captions, images = Path(captions), Path(images)
+    folder = open_storage(images)
     if not join:
         raise UserError("--join '' is empty: captions need a mark between them, for instance '&&'")
-    if not images.is_dir():
+    if isinstance(folder, LocalStorage) and not folder.folder.is_dir():
         raise UserError(f"{images}: --images must be the folder that holds the pictures")
     pictures, texts = _load_coco(captions, join)
 
@@ -143,8 +151,10 @@ def read_coco_captions(
             )
 
     for image_id in sorted(pictures, key=lambda image_id: (isinstance(image_id, str), image_id)):
-        path = images / pictures[image_id]
-        if not allow_missing and not path.is_file():
+        image = ImageRef(Path(pictures[image_id]), folder)
+        if isinstance(folder, LocalStorage):
+            image = ImageRef(folder.folder / pictures[image_id])
+        if image.storage is None and not allow_missing and not image.path.is_file():
             raise UserError(
                 f"{captions}: image {image_id} is {pictures[image_id]!r}, which is not in {images}: "
                 "name the folder that holds it with --images, or pack without it (--skip-bad)"
@@ -152,7 +162,7 @@ def read_coco_captions(
         yield Sample(
             key=keys[image_id],
             messages=caption_messages(prompt, join.join(texts[image_id])),
-            images=[ImageRef(path)],
+            images=[image],
             image_id=image_id,
             source="coco",
         )
@@ -161,15 +171,16 @@ def read_coco_captions(
 READERS: dict[str, Callable[..., Iterator[Sample]]] = {"coco": read_coco_captions}
 
 
-def _load_coco(captions: Path, join: str) -> tuple[dict[int | str, str], dict[int | str, list[str]]]:
+def _load_coco(captions: str | Path, join: str) -> tuple[dict[int | str, str], dict[int | str, list[str]]]:
     """Return the file name and the captions of each image id."""
     try:
-        content = json.loads(captions.read_bytes())
+        storage, name = open_file(captions)
+        content = json.loads(storage.read_bytes(name))
     except FileNotFoundError:
         raise UserError(f"{captions}: no such file; --captions must name a COCO captions JSON file") from None
     except OSError as error:
         raise UserError(
-            f"{captions}: cannot be read ({error.strerror}); --captions must name a file"
+            f"{captions}: cannot be read ({error.strerror or error}); --captions must name a file"
         ) from None
     except ValueError as error:
         raise UserError(
@@ -235,7 +246,7 @@ def _is_id(value: object) -> bool:
     return isinstance(value, (int, str)) and not isinstance(value, bool)
 
 
-def _key_of_id(captions: Path, image_id: int | str) -> str:
+def _key_of_id(captions: str | Path, image_id: int | str) -> str:
     key = f"{image_id:012d}" if isinstance(image_id, int) else image_id
     if not SAFE_KEY.fullmatch(key):
         raise UserError(

@@ -36,6 +36,7 @@ from safetensors import SafetensorError
 from safetensors.numpy import load as load_columns
 from safetensors.numpy import save as save_columns
 
+from qwenvl_dist.data.storage import ByteSource, LocalStorage, Storage, StorageError, open_storage
 from qwenvl_dist.errors import UserError
 from qwenvl_dist.files import write_atomic
 
@@ -161,15 +162,26 @@ def index_path(tar: Path) -> Path:
 def load_shard_index(path: Path, expected_sha256: str | None = None) -> ShardIndex:
     """Read an index file. `UserError` when it is missing, damaged, or not the one with `expected_sha256`."""
     path = Path(path)
+    return read_shard_index(LocalStorage(path.parent), path.name.removesuffix(".idx"), expected_sha256)
+
+
+def read_shard_index(storage: Storage, shard: str, expected_sha256: str | None = None) -> ShardIndex:
+    """Read the index of a shard from where it lies. `UserError` as `load_shard_index`, and OSError."""
+    name = f"{storage.location}/{shard}.idx"
     try:
-        data = path.read_bytes()
+        data = storage.read_bytes(f"{shard}.idx")
     except FileNotFoundError:
-        raise UserError(f"{path}: the shard's index is missing: pack again, or restore it") from None
+        raise UserError(f"{name}: the shard's index is missing: pack again, or restore it") from None
+    return check_shard_index(data, name, expected_sha256)
+
+
+def check_shard_index(data: bytes, name: str, expected_sha256: str | None) -> ShardIndex:
+    """Read the content of an index file; `name` is what an error calls it. `UserError` as `load_shard_index`."""
     if expected_sha256 is not None and hashlib.sha256(data).hexdigest() != expected_sha256:
         raise UserError(
-            f"{path}: is not the index that the manifest names (sha256 differs): restore it, or pack again"
+            f"{name}: is not the index that the manifest names (sha256 differs): restore it, or pack again"
         )
-    return parse_shard_index(data, str(path))
+    return parse_shard_index(data, name)
 
 
 def parse_shard_index(data: bytes, name: str) -> ShardIndex:
@@ -283,66 +295,62 @@ def probe_image(data: bytes) -> tuple[str, int, int]:
 
 
 class ShardReader:
-    """Read samples of one local shard by number, each member's size and crc32 checked.
+    """Read samples of one shard by number, each member's size and crc32 checked.
 
-    Safe in threads, after a fork and after pickling: the file is opened once a process, at the first read.
+    Safe in threads, after a fork and after pickling, as its source is.
     """
 
-    def __init__(self, tar: Path, index: ShardIndex) -> None:
-        self.tar = Path(tar)
+    def __init__(self, source: ByteSource, index: ShardIndex) -> None:
+        self.source = source
         self.index = index
-        self._descriptors: dict[int, int] = {}  # process id -> file descriptor
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {"tar": self.tar, "index": self.index, "_descriptors": {}}
 
     def __len__(self) -> int:
         return len(self.index)
 
     def read(self, i: int) -> RawSample:
         """Return sample `i`; raise `BadSample` when a byte of it is missing or wrong."""
-        return RawSample(self.index.keys[i], {e: self.read_member(i, e) for e in self.index.members(i)})
+        return RawSample(self.index.keys[i], self._read(i, self.index.members(i)))
 
     def read_member(self, i: int, extension: str) -> bytes:
         """Return one member of sample `i`; raise `BadSample` when a byte of it is missing or wrong."""
-        key = self.index.keys[i]
         member = self.index.members(i).get(extension)
         if member is None:
-            raise BadSample(self.index.shard, key, f"{extension}: missing member")
+            raise BadSample(self.index.shard, self.index.keys[i], f"{extension}: missing member")
+        return self._read(i, {extension: member})[extension]
+
+    def _read(self, i: int, members: dict[str, Member]) -> dict[str, bytes]:
+        found, fault = self._read_once(i, members)
+        if fault is not None and self.source.reread():
+            found, fault = self._read_once(i, members)
+        if fault is not None:
+            raise BadSample(self.index.shard, self.index.keys[i], fault)
+        return found
+
+    def _read_once(self, i: int, members: dict[str, Member]) -> tuple[dict[str, bytes], str | None]:
+        """Return the members and the first fault in them."""
         try:
-            descriptor = self._descriptor()
-            available = max(0, min(member.size, os.fstat(descriptor).st_size - member.offset))
-            data = _pread(descriptor, available, member.offset)
+            data = self.source.read_ranges([(member.offset, member.size) for member in members.values()])
         except FileNotFoundError:
-            raise BadSample(self.index.shard, key, "missing shard file") from None
+            raise BadSample(self.index.shard, self.index.keys[i], "missing shard file") from None
         except OSError as error:
-            raise BadSample(self.index.shard, key, f"shard cannot be read ({error.strerror})") from None
-        if len(data) < member.size:
-            reason = f"{extension}: truncated, {len(data)} of {member.size} bytes"
-            raise BadSample(self.index.shard, key, reason)
-        crc32 = zlib.crc32(data)
-        if crc32 != member.crc32:
-            reason = f"{extension}: checksum differs (crc32 {crc32:08x}, packed as {member.crc32:08x})"
-            raise BadSample(self.index.shard, key, reason)
-        return data
+            reason = f"shard cannot be read ({error.strerror or error})"
+            raise BadSample(self.index.shard, self.index.keys[i], reason) from None
+        found = dict(zip(members, data, strict=True))
+        faults = (_fault(extension, found[extension], member) for extension, member in members.items())
+        return found, next((fault for fault in faults if fault is not None), None)
 
     def close(self) -> None:
-        """Close the file; a later read opens it again."""
-        while self._descriptors:
-            os.close(self._descriptors.popitem()[1])
+        """Close the source; a later read opens it again."""
+        self.source.close()
 
-    def _descriptor(self) -> int:
-        process = os.getpid()
-        descriptor = self._descriptors.get(process)
-        if descriptor is None:
-            opened = os.open(self.tar, os.O_RDONLY | os.O_CLOEXEC)
-            descriptor = self._descriptors.setdefault(process, opened)
-            if descriptor != opened:  # another thread was first
-                os.close(opened)
-        return descriptor
 
-    def __del__(self) -> None:
-        self.close()
+def _fault(extension: str, data: bytes, member: Member) -> str | None:
+    if len(data) < member.size:
+        return f"{extension}: truncated, {len(data)} of {member.size} bytes"
+    crc32 = zlib.crc32(data)
+    if crc32 != member.crc32:
+        return f"{extension}: checksum differs (crc32 {crc32:08x}, packed as {member.crc32:08x})"
+    return None
 
 
 @dataclass(frozen=True, slots=True)
@@ -387,14 +395,15 @@ class Manifest:
         return hashlib.sha256(_compact(content).encode()).hexdigest()
 
     @classmethod
-    def load(cls, folder: Path) -> Manifest:
-        """Read `folder/manifest.json`. `UserError` when it is missing, damaged or another program's."""
-        folder = Path(folder)
-        path = folder / MANIFEST_NAME
+    def load(cls, place: str | Path | Storage) -> Manifest:
+        """Read the `manifest.json` of a folder or URL. `UserError` when it is missing, damaged or another program's."""
+        storage = open_storage(place) if isinstance(place, (str, Path)) else place
+        folder = storage.location
+        path = f"{folder}/{MANIFEST_NAME}"
         try:
-            content = json.loads(path.read_bytes())
+            content = json.loads(storage.read_bytes(MANIFEST_NAME))
         except FileNotFoundError:
-            if not folder.is_dir():
+            if isinstance(storage, LocalStorage) and not storage.folder.is_dir():
                 raise UserError(
                     f"{folder}: no such folder; it must be one that `shards pack` wrote"
                 ) from None
@@ -403,12 +412,16 @@ class Manifest:
             ) from None
         except NotADirectoryError:
             raise UserError(f"{folder}: is a file; it must be a folder that `shards pack` wrote") from None
+        except StorageError as error:
+            raise UserError(
+                f"{path}: cannot be read ({error}); check the URL and that its server is up"
+            ) from None
         except (ValueError, RecursionError) as error:
             raise UserError(f"{path}: not JSON ({error}): restore it, or pack again") from None
         return cls._from_json(content, path)
 
     @classmethod
-    def _from_json(cls, content: Any, path: Path) -> Manifest:
+    def _from_json(cls, content: Any, path: str) -> Manifest:
         remedy = "restore it, or pack again"
         kind = content.get("format") if isinstance(content, dict) else None
         if kind != MANIFEST_FORMAT:
@@ -592,19 +605,6 @@ def _index_from_records(shard: str, num_bytes: int, records: list[dict[str, Any]
 
 def _starts(counts: Iterable[int]) -> np.ndarray:
     return np.cumsum([0, *counts], dtype=np.int64)
-
-
-def _pread(descriptor: int, size: int, offset: int) -> bytes:
-    """Read `size` bytes at `offset`, fewer only at the end of the file."""
-    data = os.pread(descriptor, size, offset)
-    if len(data) == size:
-        return data
-    pieces = [data]  # the kernel hands out at most 2 GiB at once, and network file systems sometimes less
-    missing = size - len(data)
-    while missing and pieces[-1]:
-        pieces.append(os.pread(descriptor, missing, offset + size - missing))
-        missing -= len(pieces[-1])
-    return b"".join(pieces)
 
 
 def _compact(value: object) -> str:

@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from qwenvl_dist.data.formats import SAFE_KEY, Sample
@@ -33,6 +34,7 @@ from qwenvl_dist.data.index import (
     probe_image,
 )
 from qwenvl_dist.data.parallel import map_in_order
+from qwenvl_dist.data.storage import FsspecStorage, StorageError, is_remote, open_storage
 from qwenvl_dist.errors import UserError
 from qwenvl_dist.files import fsync, sha256_of, write_atomic
 
@@ -61,7 +63,7 @@ class PackReport:
 
 def pack(
     samples: Iterable[Sample],
-    out: Path,
+    out: str | Path,
     *,
     samples_per_shard: int = 1000,
     workers: int = 1,
@@ -69,12 +71,22 @@ def pack(
     packing: dict[str, Any] | None = None,
     advance: Callable[[int], None] = lambda n: None,
 ) -> PackReport:
-    """Write `samples` as shards into the folder `out`; over a finished output do nothing.
+    """Write `samples` as shards into `out`, a folder or URL; over a finished output do nothing.
 
     A picture that cannot be read is a `UserError`; with `skip_bad` its sample is left out, and named in the
     manifest. `packing` is noted there too. `advance` hears how many samples are done. Nothing that lies in
-    `out` is overwritten unless it was made from these samples.
+    `out` is overwritten unless it was made from these samples. Shards for a URL are first written to the folder for
+    temporary files, all of them.
     """
+    if is_remote(out):
+        with TemporaryDirectory(prefix="qwenvl-dist-") as folder:
+            target = _open_target(str(out))
+            local = Path(folder, "shards")
+            report = pack(
+                samples, local, samples_per_shard=samples_per_shard, workers=workers, skip_bad=skip_bad,
+                packing=packing, advance=advance,
+            )  # fmt: skip
+            return _publish(report, local, target)
     if samples_per_shard < 1:
         raise UserError(f"--samples-per-shard {samples_per_shard}: must be at least 1")
     if workers < 1:
@@ -127,6 +139,41 @@ def pack(
         (out / UNFINISHED_NAME).unlink()
     kept = sum(result.kept for result in results)
     return PackReport(manifest, len(results) - kept, kept, skipped)
+
+
+def _open_target(out: str) -> FsspecStorage:
+    target = open_storage(out)
+    if not isinstance(target, FsspecStorage):
+        raise UserError(
+            f"--out {out}: cannot be written to; name a folder, or a URL such as s3://bucket/folder"
+        )
+    return target
+
+
+def _publish(report: PackReport, folder: Path, target: FsspecStorage) -> PackReport:
+    """Upload a packed folder, its manifest last, unless it is there already."""
+    shards = report.manifest.shards
+    ours = [name for shard in shards for name in (shard.name, f"{shard.name}.idx")]
+    try:
+        there = target.names()
+        if MANIFEST_NAME in there:
+            finished = Manifest.load(target)
+            if finished.fingerprint != report.manifest.fingerprint:
+                raise UserError(
+                    f"{target.location}: was packed from another input ({finished.samples} samples in "
+                    f"{len(finished.shards)} shards): choose another --out, or remove what is there"
+                )
+            return PackReport(finished, 0, len(shards), report.skipped)
+        others = sorted(set(there) - set(ours))
+        if others:
+            raise UserError(
+                f"{target.location}: holds other data ({', '.join(others[:3])}); --out must be new or empty"
+            )
+        for name in [*ours, MANIFEST_NAME]:
+            target.upload(folder / name, name)
+    except StorageError as error:
+        raise UserError(f"{target.location}: cannot be written to ({error})") from None
+    return report
 
 
 @dataclass(frozen=True)
@@ -299,7 +346,7 @@ def _read_sample(sample: Sample) -> dict[str, bytes]:
             data = image.read()
             extension, _, _ = probe_image(data)
         except OSError as error:
-            raise _BadPictureError(f"{image}: cannot be read ({error.strerror})") from None
+            raise _BadPictureError(f"{image}: cannot be read ({error.strerror or error})") from None
         except ValueError as error:
             raise _BadPictureError(f"{image}: {error}") from None
         members[extension if len(sample.images) == 1 else f"{number}.{extension}"] = data

@@ -86,7 +86,7 @@ class EpochOrder:
             start = np.uint64(hash_key(seed, epoch, _SHARD_STREAM))
             hashes = _mix(start + (shards.astype(np.uint64) + np.uint64(1)) * np.uint64(_GOLDEN))
             shards = np.argsort(hashes, kind="stable").astype(np.int64)
-        self._shuffle = shuffle
+        self._shuffle, self._window = shuffle, window
         self._shards = shards
         self._shard_ends = np.cumsum(sizes[shards])
         self._shard_starts = self._shard_ends - sizes[shards]
@@ -105,6 +105,14 @@ class EpochOrder:
             places = starts + permute(offsets - starts, self._window_ends[window] - starts, keys)
         index = np.searchsorted(self._shard_ends, places, side="right")
         return self._shards[index], places - self._shard_starts[index]
+
+    def window_of(self, offset: int) -> int:
+        """Return the number of the window that an offset into the epoch lies in."""
+        return int(np.searchsorted(self._window_ends, offset, side="right"))
+
+    def window_shards(self, window: int) -> Int64:
+        """Return the shards of a window, none for one past the last."""
+        return self._shards[window * self._window : (window + 1) * self._window]
 
 
 @dataclass(frozen=True)
@@ -155,6 +163,18 @@ class RunPlan:
         """Return the places of positions start .. start + count - 1; None where the run has ended."""
         pairs = zip(*self.find(np.arange(start, start + count, dtype=np.int64)), strict=True)
         return [Place(int(shard), int(sample)) if shard >= 0 else None for shard, sample in pairs]
+
+    def window(self, position: int) -> tuple[int, int]:
+        """Return (epoch, window) of a position."""
+        epoch, offset = divmod(position, self.samples_per_epoch)
+        return epoch, self.order(epoch).window_of(offset)
+
+    def shards_ahead(self, epoch: int, window: int) -> tuple[list[int], list[int]]:
+        """Return the shards of a window and those of the next one, which may be the next epoch's first."""
+        now, then = (self.order(epoch).window_shards(number).tolist() for number in (window, window + 1))
+        if not then and (epoch + 1) * self.samples_per_epoch < self.total_samples:
+            then = self.order(epoch + 1).window_shards(0).tolist()
+        return now, then
 
 
 def deal_by_length(lengths: Int64) -> Int64:

@@ -2,58 +2,152 @@
 
 from __future__ import annotations
 
-from collections import OrderedDict
-from collections.abc import Callable, Iterator
+import resource
+import threading
+from collections import OrderedDict, deque
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from functools import partial
+from itertools import islice
+from multiprocessing.pool import AsyncResult, ThreadPool
 from pathlib import Path
 
 import numpy as np
 from torch.utils.data import IterableDataset, get_worker_info
 
 from qwenvl_dist.data.batch import BadSampleRecord
+from qwenvl_dist.data.cache import CachedFile, Job, Prefetcher, ShardCache, Wanted
 from qwenvl_dist.data.index import (
     BadSample,
     Manifest,
     RawSample,
     ShardIndex,
     ShardReader,
-    index_path,
-    load_shard_index,
+    check_shard_index,
+    read_shard_index,
 )
 from qwenvl_dist.data.plan import Int64, Place, RunPlan, StepLayout, deal_by_length
+from qwenvl_dist.data.storage import LocalStorage, Storage, open_storage
 from qwenvl_dist.errors import UserError
+
+READ_AHEAD = 8  # samples that are asked for at a time from a remote place, a loader worker
+GOLDEN_SECTION = 0.6180339887498949
+
+Slot = tuple[int, Place | None]  # a position, and what lies there unless the run has ended
 
 
 class ShardSet:
-    """The shards of one packed folder, opened as the plan needs them.
+    """The shards of one packed data set, opened as the plan needs them. Safe in threads.
 
-    Only the indexes of the last `keep_open` shards stay in memory, so that memory does not grow with the data set.
+    Only the indexes of the last `keep_open` shards stay in memory, so that memory does not grow with the data set. With
+    a cache, remote shards are pinned in it from when the plan needs them (`expect`) until it does no longer.
     """
 
-    def __init__(self, folder: str | Path, keep_open: int = 128) -> None:
-        self.folder = Path(folder)
-        self.manifest = Manifest.load(self.folder)
+    def __init__(
+        self, place: str | Path | Storage, cache: ShardCache | None = None, keep_open: int = 128
+    ) -> None:
+        self.storage = open_storage(place) if isinstance(place, (str, Path)) else place
+        self.manifest = Manifest.load(self.storage)
+        self.is_remote = not isinstance(self.storage, LocalStorage)
+        self.cache = cache if self.is_remote else None
         self.keep_open = keep_open
+        self._reset()
+
+    def _reset(self) -> None:
         self._readers: OrderedDict[int, ShardReader] = OrderedDict()
+        self._cached: dict[int, CachedFile] = {}
+        self._expected: tuple[int, int] | None = None  # epoch, window
+        self._prefetcher = Prefetcher()
+        self._lock = threading.Lock()
+        self._index_locks = [threading.Lock() for _ in range(4 * READ_AHEAD)]  # by shard, in turn
 
     def __getstate__(self) -> dict:
-        return {**vars(self), "_readers": OrderedDict()}  # open files stay with the process that opened them
+        own = {"_readers", "_cached", "_expected", "_prefetcher", "_lock", "_index_locks"}  # of this process
+        return {name: value for name, value in vars(self).items() if name not in own}
+
+    def __setstate__(self, state: dict) -> None:
+        vars(self).update(state)
+        self._reset()
+
+    def expect(self, plan: RunPlan, position: int, share: int) -> None:
+        """Hear where the plan is: bring the shards of this window and the next into the cache, let the others go.
+
+        Each process begins at another place, by the number `share`, so that they do not all wait for one shard.
+        """
+        if self.cache is None or position >= plan.total_samples or plan.window(position) == self._expected:
+            return
+        self._expected = plan.window(position)
+        windows = plan.shards_ahead(*self._expected)
+        wanted = [shard for shards in windows for shard in _rotated(shards, share)]
+        _allow_open_files(len(wanted))
+        with self._lock:
+            gone = {shard: self._cached.pop(shard) for shard in set(self._cached) - set(wanted)}
+            for shard, file in gone.items():
+                self._readers.pop(shard, None)
+                file.close()
+            files = [self._cached_file(shard) for shard in wanted]
+        jobs: list[Job] = []
+        for shard, file in zip(wanted, files, strict=True):
+            jobs += [partial(self.cache.pin, self._wanted_index(shard)), file.pin]
+        self._prefetcher.want(jobs)
+
+    def release(self) -> None:
+        """Hear that the plan is done with: stop fetching, let all shards go."""
+        self._prefetcher.want(())
+        with self._lock:
+            self._expected = None
+            for file in self._cached.values():
+                file.close()
+
+    def _cached_file(self, shard: int) -> CachedFile:
+        """Return the shard as the cache gives it. Under the lock."""
+        assert self.cache is not None
+        if shard not in self._cached:
+            entry = self.manifest.shards[shard]
+            self._cached[shard] = CachedFile(
+                self.cache, Wanted(self.storage, entry.name, entry.num_bytes, entry.sha256)
+            )
+        return self._cached[shard]
+
+    def _wanted_index(self, shard: int) -> Wanted:
+        entry = self.manifest.shards[shard]
+        return Wanted(self.storage, f"{entry.name}.idx", None, entry.index_sha256)
 
     def _reader(self, shard: int) -> ShardReader:
-        reader = self._readers.pop(shard, None)
-        if reader is None:
-            entry = self.manifest.shards[shard]
-            path = self.folder / entry.name
-            index = load_shard_index(index_path(path), entry.index_sha256)
-            if len(index) != entry.samples:
-                raise UserError(
-                    f"{index_path(path)}: holds {len(index)} samples, the manifest says {entry.samples}: pack again"
-                )
-            reader = ShardReader(path, index)
-            while len(self._readers) >= self.keep_open:
-                self._readers.popitem(last=False)[1].close()
-        self._readers[shard] = reader
-        return reader
+        with self._index_locks[shard % len(self._index_locks)]:  # no index is loaded by two threads
+            with self._lock:
+                if shard in self._readers:
+                    self._readers.move_to_end(shard)
+                    return self._readers[shard]
+            index = self._load_index(shard)
+            with self._lock:
+                return self._keep(shard, index)
+
+    def _keep(self, shard: int, index: ShardIndex) -> ShardReader:
+        """Make a reader and keep it. Under the lock."""
+        while len(self._readers) >= self.keep_open:
+            _, oldest = self._readers.popitem(last=False)
+            if self.cache is None:  # else it is the plan that says when a shard is done with
+                oldest.close()
+        name = self.manifest.shards[shard].name
+        source = self.storage.open(name) if self.cache is None else self._cached_file(shard)
+        self._readers[shard] = ShardReader(source, index)
+        return self._readers[shard]
+
+    def _load_index(self, shard: int) -> ShardIndex:
+        entry = self.manifest.shards[shard]
+        wanted = self._wanted_index(shard)
+        name = f"{self.storage.location}/{wanted.name}"
+        pinned = self.cache.pin(wanted) if self.cache is not None else None
+        if pinned is None:
+            index = read_shard_index(self.storage, entry.name, entry.index_sha256)
+        else:
+            index = check_shard_index(pinned.read(), name, entry.index_sha256)
+        if len(index) != entry.samples:
+            raise UserError(
+                f"{name}: holds {len(index)} samples, the manifest says {entry.samples}: pack again"
+            )
+        return index
 
     def read(self, place: Place) -> RawSample:
         """Return the verified bytes of one sample. Raises BadSample."""
@@ -66,6 +160,20 @@ class ShardSet:
     def index(self, shard: int) -> ShardIndex:
         """Return a shard's index. Raises UserError or OSError when it cannot be read."""
         return self._reader(shard).index
+
+
+def _rotated(shards: list[int], share: int) -> list[int]:
+    start = int(share * GOLDEN_SECTION % 1 * len(shards))  # spreads any run of numbers evenly
+    return shards[start:] + shards[:start]
+
+
+def _allow_open_files(count: int) -> None:
+    """Raise this process's own limit when `count` more files would come near it."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    needed = count + 512
+    if soft != resource.RLIM_INFINITY and soft < needed:
+        limit = needed if hard == resource.RLIM_INFINITY else min(needed, hard)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (limit, hard))
 
 
 class SampleLengths:
@@ -146,18 +254,28 @@ class PlannedSource(IterableDataset):
     def __iter__(self) -> Iterator[PlannedSample]:
         worker = get_worker_info()
         first, stride = (worker.id, worker.num_workers) if worker else (0, 1)
+        numbers = np.arange(first, self.steps * self.layout.grad_accum_steps, stride)
+        slots = self._slots(numbers, share=self.rank * stride + first)
+        try:
+            yield from _ahead(self._read, slots) if self.shards.is_remote else map(self._read, slots)
+        finally:
+            self.shards.release()
+
+    def _slots(self, numbers: Int64, share: int) -> Iterator[Slot]:
+        """Yield what these micro-batches of this rank hold, and tell the shards where the plan is."""
         layout = self.layout
-        numbers = np.arange(first, self.steps * layout.grad_accum_steps, stride)
         per_number = layout.global_batch_size if self.lengths else layout.micro_batch_size
         block = max(1, self.BLOCK // per_number)
         for begin in range(0, len(numbers), block):
-            positions = self._positions(numbers[begin : begin + block]).reshape(-1)
+            some = numbers[begin : begin + block]
+            positions = self._positions(some).reshape(-1)
             found = (column.tolist() for column in (positions, *self.plan.find(positions)))
-            for position, shard, sample in zip(*found, strict=True):
-                if shard >= 0:
-                    yield self._read(position, Place(shard, sample))
-                else:
-                    yield PlannedSample(position)
+            slots = zip(*found, strict=True)
+            for number in some.tolist():
+                step_begins = self.start + number // layout.grad_accum_steps * layout.global_batch_size
+                self.shards.expect(self.plan, step_begins, share)
+                for position, shard, sample in islice(slots, layout.micro_batch_size):
+                    yield position, Place(shard, sample) if shard >= 0 else None
 
     def _positions(self, numbers: Int64) -> Int64:
         """Return the (n, micro_batch_size) positions of this rank's micro-batches of these numbers."""
@@ -173,9 +291,27 @@ class PlannedSource(IterableDataset):
         row = row.reshape(-1, 1)
         return positions[row, deal_by_length(lengths)[row, slots]]
 
-    def _read(self, position: int, place: Place) -> PlannedSample:
+    def _read(self, slot: Slot) -> PlannedSample:
+        position, place = slot
+        if place is None:
+            return PlannedSample(position)
         shard = self.shards.manifest.shards[place.shard].name
         try:
             return PlannedSample(position, shard, raw=self.shards.read(place))
         except BadSample as error:
             return PlannedSample(position, shard, bad=BadSampleRecord(error.shard, error.key, error.reason))
+
+
+def _ahead(read: Callable[[Slot], PlannedSample], slots: Iterable[Slot]) -> Iterator[PlannedSample]:
+    """Yield what `read` gives for each slot, in order, some of it already asked for meanwhile."""
+    pool = ThreadPool(READ_AHEAD)
+    waiting: deque[AsyncResult] = deque()
+    try:
+        for slot in slots:
+            waiting.append(pool.apply_async(read, (slot,)))
+            if len(waiting) > READ_AHEAD:
+                yield waiting.popleft().get()
+        while waiting:
+            yield waiting.popleft().get()
+    finally:
+        pool.close()

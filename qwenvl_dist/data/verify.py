@@ -6,10 +6,12 @@ import hashlib
 import os
 import tarfile
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from io import BytesIO
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
@@ -34,6 +36,7 @@ from qwenvl_dist.data.index import (
     split_member_name,
 )
 from qwenvl_dist.data.parallel import map_in_order
+from qwenvl_dist.data.storage import LocalFile, LocalStorage, Storage, open_storage
 from qwenvl_dist.errors import UserError
 from qwenvl_dist.files import sha256_of
 
@@ -60,22 +63,28 @@ class VerifyReport:
         return {"shards": self.shards, "samples": self.samples, "bad": [vars(fault) for fault in self.bad]}
 
 
-def verify(folder: Path, workers: int = 1, advance: Callable[[int], None] = lambda n: None) -> VerifyReport:
+def verify(
+    place: str | Path, workers: int = 1, advance: Callable[[int], None] = lambda n: None
+) -> VerifyReport:
     """Check every byte of a dataset folder: hashes, indexes, each sample's checksum, form and pictures.
 
-    `advance` hears how many samples are done. `UserError` only when `folder` is none that could hold shards.
+    `advance` hears how many samples are done. `UserError` only when `place`, a folder or URL, is none that could hold
+    shards. Remote shards are fetched to the folder for temporary files, one at a time a worker.
     """
-    folder = Path(folder)
-    if not folder.is_dir():
-        raise UserError(f"{folder}: no such folder; it must be one that `shards pack` wrote")
-    tars = sorted(path.name for path in folder.glob("*.tar"))
+    storage = open_storage(place)
+    if isinstance(storage, LocalStorage) and not storage.folder.is_dir():
+        raise UserError(f"{place}: no such folder; it must be one that `shards pack` wrote")
+    names = storage.names()  # a web server has no listing
+    tars = [name for name in names or () if name.endswith(".tar")]
     faults: list[Fault] = []
     try:
-        manifest = Manifest.load(folder)
+        manifest = Manifest.load(storage)
     except UserError as error:
-        if not tars and not (folder / MANIFEST_NAME).exists():
+        if names is None:
+            raise
+        if not tars and MANIFEST_NAME not in names:
             raise UserError(
-                f"{folder}: holds no shards; it must be a folder that `shards pack` wrote"
+                f"{place}: holds no shards; it must be a folder that `shards pack` wrote"
             ) from None
         manifest = None
         faults.append(Fault(MANIFEST_NAME, None, str(error)))
@@ -86,11 +95,11 @@ def verify(folder: Path, workers: int = 1, advance: Callable[[int], None] = lamb
         faults += [Fault(name, None, "not in the manifest") for name in tars if name not in named]
 
     findings: list[_Findings] = []
-    for finding in map_in_order(partial(_verify_shard, folder), tasks, min(workers, max(1, len(tasks)))):
+    for finding in map_in_order(partial(_verify_shard, storage), tasks, min(workers, max(1, len(tasks)))):
         findings.append(finding)
         advance(finding.samples)
     faults += [fault for finding in findings for fault in finding.faults]
-    faults += _duplicate_keys(folder, findings)
+    faults += _duplicate_keys(storage, findings)
     samples = sum(finding.samples for finding in findings) if manifest is None else manifest.samples
     return VerifyReport(len(tasks), samples, faults)
 
@@ -105,10 +114,28 @@ class _Findings:
     faults: list[Fault]
 
 
-def _verify_shard(folder: Path, task: tuple[str, ShardEntry | None]) -> _Findings:
+@contextmanager
+def _on_disk(storage: Storage, name: str) -> Iterator[Path]:
+    """Yield a path at which a shard and its index lie, as far as they are there at all."""
+    if isinstance(storage, LocalStorage):
+        yield storage.folder / name
+        return
+    with TemporaryDirectory(prefix="qwenvl-dist-") as folder:
+        tar = Path(folder, name)
+        for path in (tar, index_path(tar)):
+            try:
+                with path.open("wb") as target:
+                    storage.download(path.name, target)
+            except FileNotFoundError:
+                path.unlink()
+        yield tar
+
+
+def _verify_shard(storage: Storage, task: tuple[str, ShardEntry | None]) -> _Findings:
     name, entry = task
     try:
-        index, faults = _check_shard(folder / name, entry)
+        with _on_disk(storage, name) as tar:
+            index, faults = _check_shard(tar, entry)
     except OSError as error:
         index, faults = None, [Fault(name, None, f"cannot be read ({error.strerror or error})")]
     keys = index.keys if index is not None else []
@@ -127,7 +154,7 @@ def _check_shard(tar: Path, entry: ShardEntry | None) -> tuple[ShardIndex | None
     try:
         rebuilt, tar_fault = build_shard_index(tar), None
     except UserError as error:
-        rebuilt, tar_fault = None, str(error)
+        rebuilt, tar_fault = None, str(error).replace(str(tar), name)
 
     faults = []
     index = stored
@@ -188,7 +215,7 @@ def _content_fault(tar: Path, entry: ShardEntry | None) -> str | None:
 
 def _check_samples(tar: Path, index: ShardIndex, thorough: bool) -> Iterator[Fault]:
     """Yield the faults of samples; `thorough` also looks at the tar's headers and paddings."""
-    reader = ShardReader(tar, index)
+    reader = ShardReader(LocalFile(tar), index)
     with tar.open("rb") as file:
         for i, key in enumerate(index.keys):
             try:
@@ -259,7 +286,7 @@ def _hashes(keys: list[str]) -> np.ndarray:
     return np.frombuffer(digests, dtype=np.uint64)
 
 
-def _duplicate_keys(folder: Path, findings: list[_Findings]) -> list[Fault]:
+def _duplicate_keys(storage: Storage, findings: list[_Findings]) -> list[Fault]:
     """Return a fault for each repeated key. Compares hashes: a big dataset's keys fill the memory."""
     if not findings:
         return []
@@ -272,7 +299,7 @@ def _duplicate_keys(folder: Path, findings: list[_Findings]) -> list[Fault]:
     for finding in findings:
         if not np.isin(finding.key_hashes, repeated).any():
             continue
-        index = _any_index(folder / finding.shard)
+        index = _any_index(storage, finding.shard)
         for key in index.keys if index is not None else []:
             if key in first:
                 faults.append(Fault(finding.shard, key, f"duplicate key, first in {first[key]}"))
@@ -281,11 +308,10 @@ def _duplicate_keys(folder: Path, findings: list[_Findings]) -> list[Fault]:
     return faults
 
 
-def _any_index(tar: Path) -> ShardIndex | None:
-    index, _ = _stored_index(tar, None)
-    if index is None:
-        try:
-            index = build_shard_index(tar)
-        except (UserError, OSError):
-            return None
-    return index
+def _any_index(storage: Storage, shard: str) -> ShardIndex | None:
+    try:
+        with _on_disk(storage, shard) as tar:
+            index, _ = _stored_index(tar, None)
+            return index if index is not None else build_shard_index(tar)
+    except (UserError, OSError):
+        return None

@@ -109,7 +109,13 @@ class ShardEvaluation:
     """The first `limit` samples of packed shards (all when None), in their order, each once."""
 
     def __init__(
-        self, captioner: Captioner, shards: Path, *, limit: int | None, batch_size: int, workers: int = 0
+        self,
+        captioner: Captioner,
+        shards: str | Path,
+        *,
+        limit: int | None,
+        batch_size: int,
+        workers: int = 0,
     ) -> None:
         self.captioner = captioner
         self.shards = ShardSet(shards)
@@ -173,7 +179,7 @@ class ShardEvaluation:
 
 def evaluate(
     captioner: Captioner,
-    shards: Path,
+    shards: str | Path,
     out: Path,
     *,
     title: str,

@@ -9,10 +9,11 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from qwenvl_dist.data.cache import GIB, ShardCache
 from qwenvl_dist.data.images import ImageSizeRule
-from qwenvl_dist.data.index import Manifest
 from qwenvl_dist.data.plan import RunPlan, StepLayout
 from qwenvl_dist.data.source import ShardSet
+from qwenvl_dist.data.storage import ReadPolicy, open_storage
 from qwenvl_dist.data.stream import CaptionStream, SampleEncoder
 from qwenvl_dist.distributed import HostGroup, Topology, start
 from qwenvl_dist.errors import CheckFailed, UserError
@@ -31,7 +32,7 @@ if TYPE_CHECKING:
     from accelerate import Accelerator
     from torch import nn
 
-    from qwenvl_dist.config import Recipe
+    from qwenvl_dist.config import DataConfig, Recipe
 
 log = get_logger(__name__)
 
@@ -53,6 +54,13 @@ def build_model(recipe: Recipe, base: Path, processor: Any, zero_stage: int) -> 
     return make_trainable(model, recipe.lora, recipe.model)
 
 
+def open_shards(data: DataConfig, place: str) -> ShardSet:
+    """Return the shards at a folder or URL, read as patiently and through such a cache as the recipe says."""
+    cache = ShardCache(Path(data.cache_dir), int(data.cache_gib * GIB)) if data.cache_dir else None
+    policy = ReadPolicy(data.read_timeout_seconds, data.read_retries)
+    return ShardSet(open_storage(place, policy), cache)
+
+
 def open_streams(
     recipe: Recipe, topology: Topology, processor: Any
 ) -> tuple[CaptionStream, CaptionStream | None, DataIdentity]:
@@ -60,7 +68,7 @@ def open_streams(
     data, train_config = recipe.data, recipe.train
     rule = ImageSizeRule.of(data.image_size, processor)
     encoder = SampleEncoder(processor, rule, data.max_length, data.resize == "exact")
-    shards = ShardSet(data.train)
+    shards = open_shards(data, data.train)
     plan = RunPlan(
         shards.manifest.shard_sizes, seed=data.seed, window=data.shuffle_window, epochs=train_config.epochs
     )
@@ -79,7 +87,7 @@ def open_streams(
     )
     validation = None
     if data.validation:
-        held_out = ShardSet(data.validation)
+        held_out = open_shards(data, data.validation)
         once = RunPlan(held_out.manifest.shard_sizes, seed=0, window=1, shuffle=False)
         if not once.total_samples:
             raise UserError(
@@ -140,14 +148,16 @@ def set_aside_earlier_run(run: Path) -> None:
 
 
 def check_recipe_paths(recipe: Recipe) -> None:
-    """Tell what a look at the disk tells, before ranks are joined and a model is loaded. Raises UserError."""
+    """Tell what a look at disk and data tells, before ranks are joined and a model is loaded. Raises UserError."""
     for key in ("train", "validation"):
-        folder = getattr(recipe.data, key)
-        if folder:
+        place = getattr(recipe.data, key)
+        if place:
             try:
-                Manifest.load(Path(folder))
+                open_shards(recipe.data, place)
             except UserError as error:
                 raise UserError(f"data.{key}: {error}") from error
+    if recipe.data.cache_dir:
+        ShardCache(Path(recipe.data.cache_dir), 0).prepare()
     resume = recipe.train.resume
     if resume not in ("auto", "never") and not Path(resume).is_dir():
         raise UserError(f"train.resume = {resume}: no such folder; name a step folder, or use auto or never")

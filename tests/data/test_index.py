@@ -25,6 +25,7 @@ from qwenvl_dist.data.index import (
     parse_shard_index,
     probe_image,
 )
+from qwenvl_dist.data.storage import LocalFile
 from qwenvl_dist.errors import UserError
 
 ANSWER = "A bus.&&A white bus."
@@ -125,7 +126,7 @@ def test_long_names_of_foreign_tars_are_indexed(tmp_path):
             add(tar, f"{key}.jpg", jpeg(1))
         index = build_shard_index(path)
         assert index.keys == [key]
-        assert ShardReader(path, index).read(0).images == [jpeg(1)]
+        assert ShardReader(LocalFile(path), index).read(0).images == [jpeg(1)]
 
 
 def test_an_empty_tar_has_an_empty_index(tmp_path):
@@ -260,7 +261,7 @@ def test_a_flipped_byte_in_an_index_never_surprises(tmp_path):
         content = bytearray(intact)
         content[position] ^= 0x10
         with suppress(UserError):
-            reader = ShardReader(tmp_path / "a.tar", parse_shard_index(bytes(content), "a"))
+            reader = ShardReader(LocalFile(tmp_path / "a.tar"), parse_shard_index(bytes(content), "a"))
             for i in range(len(reader)):
                 with suppress(BadSample):
                     reader.read(i)
@@ -285,7 +286,7 @@ def test_probe_refuses_what_is_no_picture_for_a_shard(data):
 @pytest.fixture
 def reader(tmp_path) -> ShardReader:
     tar = make_tar(tmp_path / "a.tar")
-    return ShardReader(tar, build_shard_index(tar))
+    return ShardReader(LocalFile(tar), build_shard_index(tar))
 
 
 def test_reader_gives_the_bytes(reader):
@@ -296,20 +297,20 @@ def test_reader_gives_the_bytes(reader):
 
 def test_reader_names_what_is_wrong_and_reads_the_neighbours(reader):
     member = reader.index.members(1)["jpg"]
-    with reader.tar.open("r+b") as file:
+    with reader.source.path.open("r+b") as file:
         file.seek(member.offset + 5)
         file.write(b"\0\0")
     with pytest.raises(BadSample, match=r"a\.tar: k1: jpg: checksum differs"):
         reader.read(1)
     assert reader.read(0).key == "k0"
     assert reader.read(2).key == "k2"
-    os.truncate(reader.tar, reader.index.members(2)["jpg"].offset + 10)
+    os.truncate(reader.source.path, reader.index.members(2)["jpg"].offset + 10)
     with pytest.raises(BadSample, match=r"k2: jpg: truncated, 10 of \d+ bytes"):
         reader.read(2)
 
 
 def test_reader_of_a_missing_shard_names_the_sample(reader):
-    reader.tar.unlink()
+    reader.source.path.unlink()
     with pytest.raises(BadSample, match="k1: missing shard file"):
         reader.read(1)
 

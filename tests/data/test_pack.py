@@ -16,6 +16,7 @@ from qwenvl_dist.data import pack as pack_module
 from qwenvl_dist.data.formats import ImageRef, Sample, caption_messages, read_coco_captions
 from qwenvl_dist.data.index import Manifest, ShardReader, build_shard_index, index_path, load_shard_index
 from qwenvl_dist.data.pack import pack
+from qwenvl_dist.data.storage import LocalFile
 from qwenvl_dist.data.verify import verify
 from qwenvl_dist.errors import UserError
 
@@ -83,7 +84,7 @@ def test_kind_of_picture_goes_by_content(tmp_path, coco):
     tar = tmp_path / "out" / "shard-000000.tar"
     index = load_shard_index(index_path(tar))
     assert [list(index.members(i)) for i in range(3)] == [["json", "png"], ["json", "webp"], ["jpg", "json"]]
-    assert ShardReader(tar, index).read(0).images == [jpeg(1, kind="PNG")]
+    assert ShardReader(LocalFile(tar), index).read(0).images == [jpeg(1, kind="PNG")]
 
 
 def test_several_images_and_none(tmp_path):
@@ -97,7 +98,7 @@ def test_several_images_and_none(tmp_path):
     ]
     pack(samples, tmp_path / "out")
     tar = tmp_path / "out" / "shard-000000.tar"
-    reader = ShardReader(tar, load_shard_index(index_path(tar)))
+    reader = ShardReader(LocalFile(tar), load_shard_index(index_path(tar)))
     assert reader.read(0).images == [jpeg(i) for i in range(11)]
     assert reader.read(1).images == []
     assert verify(tmp_path / "out").bad == []
