@@ -10,7 +10,6 @@ that a URL may hold. All classes can be pickled and used after a fork: connectio
 
 from __future__ import annotations
 
-import email.utils
 import errno
 import itertools
 import os
@@ -22,7 +21,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, Protocol, TypeVar
 from urllib.parse import quote, unquote, urlsplit, urlunsplit
-from urllib.request import getproxies, proxy_bypass
 
 from qwenvl_dist.errors import UserError
 
@@ -318,10 +316,10 @@ class HttpStorage(_RemoteStorage):
 
     def stat(self, name: str) -> FileStat:
         """Return size and time of change, from a HEAD request."""
+        from email.utils import parsedate_to_datetime
+
         headers = self.policy.run(lambda: self._answer(self._request("HEAD", name, {200})).headers)
-        modified = (
-            email.utils.parsedate_to_datetime(value) if (value := headers.get("Last-Modified")) else None
-        )
+        modified = parsedate_to_datetime(value) if (value := headers.get("Last-Modified")) else None
         size = headers.get("Content-Length", "")
         if not size.isdigit():
             raise StorageError("the server does not tell the file's size")
@@ -449,6 +447,8 @@ class HttpStorage(_RemoteStorage):
     def _pool(self) -> Any:
         pool = self._pools.get(os.getpid())
         if pool is None:
+            from urllib.request import getproxies, proxy_bypass
+
             import urllib3
 
             timeout = self.policy.timeout_seconds
