@@ -43,7 +43,8 @@ class BatchSlots:
 
     DataLoader lets a worker run at most `depth` (its prefetch factor) batches ahead of the one that was taken last, so
     a slot is never written before it was copied out. Only once another worker is done can one be asked for more, and
-    then it has at most one batch left, since the plan deals micro-batches in turn. Memory is only used where batches were written.
+    then it has at most one batch left, since the plan deals micro-batches in turn. Memory is only used where batches
+    were written.
     """
 
     def __init__(self, workers: int, depth: int, slot_bytes: int) -> None:

@@ -22,7 +22,7 @@ def batch(number: int, pixels: int = 100, targets: int = 0) -> CaptionBatch:
         input_ids=some(2, 3), labels=some(2, 3), position_ids=some(3, 2, 3),
         pixels=torch.full((pixels,), number % 256, dtype=torch.uint8), image_grid_thw=torch.tensor(grids),
         image_positions=some(1), target_positions=some(targets), target_ids=some(targets), grids=grids,
-        keys=(str(number),), bad=BAD,
+        keys=(str(number),), bad=BAD, positions=(number,),
     )  # fmt: skip
 
 
