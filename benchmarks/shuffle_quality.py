@@ -119,9 +119,8 @@ def main() -> None:
         "webdataset shuffle(1000)": webdataset_shuffle(shards, per_shard, 1000),
         "full permutation": np.random.default_rng(0).permutation(shards * per_shard),
     }
-    print(
-        f"| order | shards in {MICRO_BATCH} | shards in {GLOBAL_BATCH} | spread | order left in a shard | in the epoch |"
-    )
+    sizes = f"shards in {MICRO_BATCH} | shards in {GLOBAL_BATCH}"
+    print(f"| order | {sizes} | spread | order left in a shard | in the epoch |")
     print("|---|---|---|---|---|---|")
     for name, epoch in epochs.items():
         assert np.array_equal(np.sort(epoch), np.arange(len(epoch))), f"{name}: not every sample once"

@@ -209,12 +209,17 @@ def _report(lanes: dict[str, Lane], workers: int) -> dict[str, Any]:
         rate = rates[name]
         return round(share * stream / rate, 3) if rate else None
 
+    mapped = rates["dataset_map"]
+    one_process = round(lanes["sample"].per_second / mapped, 3) if mapped and "sample" in lanes else None
     return {f"{name}_per_second": rate and round(rate, 1) for name, rate in rates.items()} | {
         "share_of_decode": ratio("decode_workers"),
         "ratio_to_hub_fast": ratio("hub_fast"),
         "ratio_to_hub_pil": ratio("hub_pil"),
         "ratio_to_plain_webdataset": ratio("plain_webdataset"),
-        "ratio_to_dataset_map_per_core": ratio("dataset_map", 1 / workers),
+        "ratio_to_dataset_map_per_core": ratio(
+            "dataset_map", 1 / workers
+        ),  # the stream's rate shared by its workers
+        "sample_ratio_to_dataset_map": one_process,
     }
 
 

@@ -32,9 +32,12 @@ def hub_processor(base: Path, rule: ImageSizeRule, backend: str) -> Any:
 
     processor = AutoProcessor.from_pretrained(base)
     low, high = (rule.min_pixels, rule.max_pixels) if rule.side is None else (rule.side**2,) * 2
+    # Not `size=...`: min_pixels and max_pixels of the model's own file would silently win over it.
     processor.image_processor = AutoImageProcessor.from_pretrained(
-        base, backend=backend, size={"shortest_edge": low, "longest_edge": high}
+        base, backend=backend, min_pixels=low, max_pixels=high
     )
+    size = processor.image_processor.size
+    assert (size["shortest_edge"], size["longest_edge"]) == (low, high), f"the size did not arrive: {size}"
     return processor
 
 

@@ -1,15 +1,18 @@
 """`bench data` on scenes: what it reports is there, positive, and the ratios are those of its own numbers."""
 
 import json
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+from PIL import Image
 
 from qwenvl_dist.__main__ import main
-from qwenvl_dist.bench import data
+from qwenvl_dist.bench import data, rivals
 from qwenvl_dist.bench.data import Lane
+from qwenvl_dist.data.images import ImageSizeRule
 
 RATES = (
     "decode", "decode_resize", "sample", "decode_workers", "loader", "hub_fast", "hub_pil", "plain_webdataset",
@@ -45,13 +48,15 @@ def test_every_path_is_measured(
         assert report["ratio_to_dataset_map_per_core"] is None
     else:
         assert report["ratio_to_dataset_map_per_core"] == pytest.approx(stream / 2 / per_core, rel=0.02)
+        one = report["sample_per_second"] / per_core
+        assert report["sample_ratio_to_dataset_map"] == pytest.approx(one, rel=0.02)
     assert len(report["worker_peak_rss_mib"]) == report["workers"] == 2
     assert "the data stream, to the training process" in table
 
 
 def test_without_the_datasets_library_its_path_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(__import__("sys").modules, "datasets", None)
-    lanes = {"loader": Lane(endless(2)), "dataset_map": Lane(data.rivals.dataset_map([], None, 28))}
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    lanes = {"loader": Lane(endless(2)), "dataset_map": Lane(rivals.dataset_map([], None, 28))}
     data._take_turns(lanes, rounds=2, seconds=0.001)
     assert list(lanes) == ["loader"]
     report = data._report(lanes | {"hub_fast": lanes["loader"]}, workers=3)
@@ -62,6 +67,18 @@ def test_without_the_datasets_library_its_path_is_left_out(monkeypatch: pytest.M
 def endless(pictures: int) -> Iterator[int]:
     while True:
         yield pictures
+
+
+@pytest.mark.parametrize("backend", ["torchvision", "pil"])
+def test_the_hubs_processors_get_the_streams_picture_size(shared_data: Path, backend: str) -> None:
+    """Else they would be timed on larger pictures: most photos are four times the area of 280x280."""
+    base = shared_data / "qwen2vl" / "Qwen2-VL-7B-Instruct"
+    processor = rivals.hub_processor(base, ImageSizeRule(side=280), backend)
+    messages = [{"role": "user", "content": [{"type": "image"}]}]
+    photos = [Image.new("RGB", size) for size in ((640, 480), (427, 640), (500, 500))]
+    batch = rivals.HubCollate(processor)([(messages, [photo]) for photo in photos])
+    tokens = batch["image_grid_thw"].prod(dim=1) // 4
+    assert (tokens <= 100).all() and (tokens >= 80).all()  # ours: 100
 
 
 def test_a_turn_does_not_count_what_was_made_before_it() -> None:
