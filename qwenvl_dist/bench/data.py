@@ -118,7 +118,7 @@ def measure(
             f"--workers {workers}: {shards_folder} has only {len(samples)} samples with a picture"
         )
 
-    paths = [shards.folder / entry.name for entry in shards.manifest.shards if entry.samples]
+    paths = [Path(shards_folder) / entry.name for entry in shards.manifest.shards if entry.samples]
     fast = rivals.hub_processor(folder, rule, "torchvision")
     slow = rivals.hub_processor(folder, rule, "pil")
     ready = PREFETCH * workers
@@ -152,7 +152,7 @@ def _load(shards: ShardSet) -> list[RawSample]:
     places = plan.locate(0, min(plan.total_samples, SAMPLES_IN_MEMORY))
     samples = [raw for raw in (shards.read(place) for place in places if place is not None) if raw.images]
     if not samples:
-        raise UserError(f"--shards {shards.folder}: no sample with a picture among them; pack some first")
+        raise UserError(f"--shards {shards.storage.location}: no sample with a picture among them; pack some first")
     return samples
 
 
