@@ -100,12 +100,6 @@ class DataConfig(_Section):
 
     train: str = ""  # folder or URL of shards with manifest.json
     validation: str | None = None
-    cache_dir: str | None = None  # keeps whole copies of remote shards on this node; None reads them in parts
-    cache_gib: Annotated[float, Field(gt=0)] = 100  # of all copies in cache_dir
-    read_timeout_seconds: Annotated[float, Field(gt=0)] = 60  # a remote place that sends nothing for so long
-    read_retries: Annotated[int, Field(ge=0)] = (
-        5  # after which a sample that a remote place holds is a bad one
-    )
     image_size: int | PixelRange = 280  # pixels a side (square, as in the article), or a range
     # Torch's fixed-point bicubic, or Pillow's own: five times the time for one level of difference now and then.
     resize: Literal["fast", "exact"] = "fast"
@@ -119,6 +113,12 @@ class DataConfig(_Section):
     ledger: bool = False  # write the sample keys of every step
     bad_sample_budget: Annotated[float, Field(ge=0, le=1)] = (
         0.001  # share of the data set that may be unreadable
+    )
+    cache_dir: str | None = None  # keeps whole copies of remote shards on this node; None reads them in parts
+    cache_gib: Annotated[float, Field(gt=0)] = 100  # of all copies in cache_dir
+    read_timeout_seconds: Annotated[float, Field(gt=0)] = 60  # a remote place that sends nothing for so long
+    read_retries: Annotated[int, Field(ge=0)] = (
+        5  # after which a sample that a remote place holds is a bad one
     )
 
     @field_validator("image_size", mode="before")

@@ -216,6 +216,7 @@ def test_defaults_are_the_articles_run(tmp_path: Path) -> None:
         "train": "shards", "validation": None, "image_size": 280, "resize": "fast", "max_length": 8192,
         "micro_batch_size": 4, "workers": 2, "seed": 0, "shuffle_window": 64,
         "length_grouping": True, "ledger": False, "bad_sample_budget": 0.001,
+        "cache_dir": None, "cache_gib": 100.0, "read_timeout_seconds": 60.0, "read_retries": 5,
     }  # fmt: skip
     optim, train = recipe.optim, recipe.train
     assert (optim.learning_rate, optim.warmup_ratio, optim.schedule) == (1e-4, 0.03, "cosine")

@@ -30,6 +30,13 @@ class NamedShards:
     """Shards without bytes: a sample is its key."""
 
     keep_open = 4
+    is_remote = False
+
+    def expect(self, plan: RunPlan, position: int, share: int) -> None:
+        pass
+
+    def release(self) -> None:
+        pass
 
     def __init__(self, sizes: list[int]) -> None:
         self.manifest = SimpleNamespace(shards=[SimpleNamespace(name=f"{i}") for i in range(len(sizes))])
