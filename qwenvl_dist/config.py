@@ -45,6 +45,9 @@ class ModelConfig(_Section):
         "none"  # activation checkpointing of language layers: none | every_k | every_<n> | all
     )
     checkpointing_k: Annotated[int, Field(ge=2)] = 2  # the k of every_k
+    fast_path: bool = (
+        True  # our own forward and backward of frozen layers; false: transformers' and peft's modules
+    )
     # Parts trained fully, beside LoRA.
     train: Annotated[tuple[Literal["vision", "merger", "language", "head"], ...], _List] = ()
 

@@ -18,6 +18,7 @@ from qwenvl_dist.data.stream import CaptionStream, SampleEncoder
 from qwenvl_dist.distributed import HostGroup, Topology, start
 from qwenvl_dist.errors import CheckFailed, UserError
 from qwenvl_dist.logs import get_logger
+from qwenvl_dist.model.fast_path import install as install_fast_path
 from qwenvl_dist.model.load import load_model, load_processor, resolve_base
 from qwenvl_dist.model.lora import make_trainable, set_activation_checkpointing, trainable_parameters
 from qwenvl_dist.model.pixels import PixelSettings
@@ -51,7 +52,10 @@ def build_model(recipe: Recipe, base: Path, processor: Any, zero_stage: int) -> 
     model.pixel_settings = PixelSettings.of(processor)
     set_activation_checkpointing(model, recipe.model.checkpoint_every)
     torch.manual_seed(recipe.train.seed)  # the adapter starts the same on every rank, world size and stage
-    return make_trainable(model, recipe.lora, recipe.model)
+    trained = make_trainable(model, recipe.lora, recipe.model)
+    if recipe.model.fast_path:
+        install_fast_path(model, partitioned)
+    return trained
 
 
 def open_shards(data: DataConfig, place: str) -> ShardSet:
