@@ -393,9 +393,17 @@ def load_recipe(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -
         raise UserError(
             f"recipe {path}: holds a {type(tree).__name__}; it must be a mapping with sections such as data:"
         )
+    return make_recipe(tree, f"recipe {path}", overrides)
+
+
+def make_recipe(tree: dict[str, Any], origin: str, overrides: list[str] | tuple[str, ...] = ()) -> Recipe:
+    """Apply dotted overrides to plain values and validate them; `origin` says where they come from.
+
+    Raises UserError with one line (key, value, rule, remedy).
+    """
     for override in overrides:
         apply_override(tree, override)
     try:
         return Recipe.model_validate(tree)
     except ValidationError as error:
-        raise UserError(_explain(error, f"recipe {path}")) from error
+        raise UserError(_explain(error, origin)) from error

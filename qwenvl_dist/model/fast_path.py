@@ -1,8 +1,8 @@
 """transformers' and peft's modules with their forward exchanged for a faster one of the same values.
 
-Only the class of a module changes: its parameters, their names, hooks and checkpoints stay. Each part is exchanged where
-what it takes for granted holds: the tower when it is frozen, the decoder when its base weights are, under ZeRO-2. ZeRO-3
-gathers weights where a module is called, so that the decoder's projections must stay modules there.
+Only the class of a module changes: its parameters, their names, hooks and checkpoints stay. Each part is exchanged
+where what it takes for granted holds: the tower when it is frozen, the decoder when its base weights are, under
+ZeRO-2. ZeRO-3 gathers weights where a module is called, so that projections and blocks must stay modules there.
 """
 
 from __future__ import annotations
