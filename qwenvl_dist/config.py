@@ -152,6 +152,8 @@ class OptimConfig(_Section):
     """AdamW and its learning-rate schedule."""
 
     learning_rate: Annotated[float, Field(gt=0)] = 1e-4
+    # Of single parts of the model, adapters on them included; the others take learning_rate.
+    learning_rates: dict[Literal["vision", "merger", "language", "head"], Annotated[float, Field(gt=0)]] = {}
     warmup_ratio: Annotated[float, Field(ge=0, le=1)] = 0.03  # share of all steps
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
     weight_decay: Annotated[float, Field(ge=0)] = 0.0  # never on biases and norms

@@ -1,12 +1,14 @@
 """transformers' and peft's modules with their forward exchanged for a faster one of the same values.
 
 Only the class of a module changes: its parameters, their names, hooks and checkpoints stay. Each part is exchanged
-where what it takes for granted holds: the tower when it is frozen, the decoder when its base weights are, under
-ZeRO-2. ZeRO-3 gathers weights where a module is called, so that projections and blocks must stay modules there.
+where what it takes for granted holds: the tower when it is frozen, the decoder when its base weights are. ZeRO-3
+gathers weights where a module is called: the tower and the projections then stay modules, and what is left is the
+chunked loss, the last layer's spared rows and the cheaper dropout.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any
 
@@ -23,7 +25,14 @@ from transformers.models.qwen2_vl.modeling_qwen2_vl import (
     apply_rotary_pos_emb,
 )
 
-from qwenvl_dist.model.fused import Projection, attend_by_products, lora_linear, lora_swiglu, rms_norm
+from qwenvl_dist.model.fused import (
+    MaskDropout,
+    Projection,
+    attend_by_products,
+    lora_linear,
+    lora_swiglu,
+    rms_norm,
+)
 from qwenvl_dist.model.head import TargetLossHead
 
 Grid = tuple[int, int, int]
@@ -33,16 +42,27 @@ SHORT_SEQUENCE = 1024
 def install(model: Any, partitioned: bool) -> None:
     """Exchange what can be exchanged in a model ready to train; `partitioned` says that ZeRO-3 holds its weights."""
     model.lm_head.__class__ = TargetLossHead
-    if partitioned:
-        return
     visual, language = model.model.visual, model.model.language_model
-    if not any(p.requires_grad for p in visual.parameters()) and _is_plain(visual):
+    frozen = not any(parameter.requires_grad for parameter in visual.parameters())
+    adapted = any("lora_" in name for name, _ in visual.named_parameters())
+    if frozen and not adapted and not partitioned:
         visual.__class__ = FrozenTower
     if all(_is_fusable(layer) for layer in language.layers):
         for layer in language.layers:
             layer.__class__ = FusedDecoderLayer
             layer.self_attn.__class__ = FusedAttention
             layer.mlp.__class__ = FusedMlp
+            for module in (layer, layer.self_attn, layer.mlp):
+                module.calls_modules = partitioned
+            for projection in _projections(layer):
+                if not isinstance(projection, nn.Linear):
+                    _exchange_dropout(projection)
+
+
+def _exchange_dropout(projection: Any) -> None:
+    for name, dropout in projection.lora_dropout.items():
+        if isinstance(dropout, nn.Dropout):
+            projection.lora_dropout[name] = MaskDropout(dropout.p)
 
 
 def is_fused(language: Any) -> bool:
@@ -53,12 +73,16 @@ def is_fused(language: Any) -> bool:
 # --- the decoder ---
 
 
+def _projections(layer: Any) -> tuple[nn.Module, ...]:
+    attention, mlp = layer.self_attn, layer.mlp
+    return (attention.q_proj, attention.k_proj, attention.v_proj, attention.o_proj,
+            mlp.gate_proj, mlp.up_proj, mlp.down_proj)  # fmt: skip
+
+
 def _is_fusable(layer: Any) -> bool:
     base_frozen = not any(p.requires_grad for name, p in layer.named_parameters() if "lora_" not in name)
-    attention, mlp = layer.self_attn, layer.mlp
-    linears = (attention.q_proj, attention.k_proj, attention.v_proj, attention.o_proj,
-               mlp.gate_proj, mlp.up_proj, mlp.down_proj)  # fmt: skip
-    return base_frozen and mlp.config.hidden_act == "silu" and all(_is_plain_lora(each) for each in linears)
+    silu = layer.mlp.config.hidden_act == "silu"
+    return base_frozen and silu and all(_is_plain_lora(each) for each in _projections(layer))
 
 
 def _is_plain_lora(module: nn.Module) -> bool:
@@ -80,13 +104,13 @@ def _is_plain_lora(module: nn.Module) -> bool:
 
 def _projection(module: Any) -> Projection:
     if isinstance(module, nn.Linear):
-        return Projection(module.weight, module.bias, None, None, 1.0)
+        return Projection(module.weight, module.bias)
     base = module.base_layer
     if module.disable_adapters or module.merged or not module.active_adapters:
-        return Projection(base.weight, base.bias, None, None, 1.0)
+        return Projection(base.weight, base.bias)
     (name,) = module.active_adapters
     a, b = module.lora_A[name].weight, module.lora_B[name].weight
-    return Projection(base.weight, base.bias, a, b, module.scaling[name])
+    return Projection(base.weight, base.bias, a, b, scaling=module.scaling[name])
 
 
 def _dropout(module: Any) -> float:
@@ -96,22 +120,29 @@ def _dropout(module: Any) -> float:
     return float(getattr(module.lora_dropout[module.active_adapters[0]], "p", 0.0))
 
 
+def _project(x: Tensor, modules: Sequence[nn.Module], calls_modules: bool) -> tuple[Tensor, ...]:
+    if calls_modules:
+        return tuple(module(x) for module in modules)
+    return lora_linear(x, [_projection(m) for m in modules], [_dropout(m) for m in modules])
+
+
 class FusedMlp(Qwen2MLP):
     """SwiGLU with adapters."""
 
+    calls_modules: bool
+
     def forward(self, x: Tensor) -> Tensor:
         """Map (..., hidden) to (..., hidden)."""
-        return lora_swiglu(
-            x,
-            _projection(self.gate_proj),
-            _projection(self.up_proj),
-            _projection(self.down_proj),
-            (max(_dropout(self.gate_proj), _dropout(self.up_proj)), _dropout(self.down_proj)),
-        )
+        if self.calls_modules:
+            return super().forward(x)
+        modules = (self.gate_proj, self.up_proj, self.down_proj)
+        return lora_swiglu(x, [_projection(m) for m in modules], [_dropout(m) for m in modules])
 
 
 class FusedAttention(Qwen2VLAttention):
     """Attention with adapters; needs no cache."""
+
+    calls_modules: bool
 
     def forward(  # type: ignore[override]
         self,
@@ -122,8 +153,7 @@ class FusedAttention(Qwen2VLAttention):
     ) -> Tensor:
         """Map (batch, seq, hidden) to the same, or with `rows`, into (batch * seq), to (rows, hidden)."""
         batch, length, width = hidden.shape
-        inputs = (self.q_proj, self.k_proj, self.v_proj)
-        projections = lora_linear(hidden, [_projection(m) for m in inputs], max(map(_dropout, inputs)))
+        projections = _project(hidden, (self.q_proj, self.k_proj, self.v_proj), self.calls_modules)
         q, k, v = (each.view(batch, length, -1, self.head_dim).transpose(1, 2) for each in projections)
         q, k = apply_rotary_pos_emb(q, k, *position_embeddings)
         if by_products(hidden):
@@ -135,11 +165,13 @@ class FusedAttention(Qwen2VLAttention):
         mixed = mixed.reshape(batch, length, width)
         if rows is not None:
             mixed = mixed.view(-1, width)[rows]
-        return lora_linear(mixed, [_projection(self.o_proj)], _dropout(self.o_proj))[0]
+        return _project(mixed, (self.o_proj,), self.calls_modules)[0]
 
 
 class FusedDecoderLayer(Qwen2VLDecoderLayer):
     """A decoder layer, which can stop at the rows that somebody looks at."""
+
+    calls_modules: bool
 
     def forward(  # type: ignore[override]
         self,
@@ -149,14 +181,19 @@ class FusedDecoderLayer(Qwen2VLDecoderLayer):
         rows: Tensor | None = None,
     ) -> Tensor:
         """Map (batch, seq, hidden) to the same, or with `rows`, into (batch * seq), to (rows, hidden)."""
-        normal = _norm(self.input_layernorm, hidden)
+        norm: Any = _call if self.calls_modules else _norm
+        normal = norm(self.input_layernorm, hidden)
         mixed = self.self_attn(normal, position_embeddings, attention_mask, rows)
         hidden = mixed + (hidden if rows is None else hidden.reshape(-1, hidden.shape[-1])[rows])
-        return hidden + self.mlp(_norm(self.post_attention_layernorm, hidden))
+        return hidden + self.mlp(norm(self.post_attention_layernorm, hidden))
 
 
 def _norm(module: Any, x: Tensor) -> Tensor:
     return rms_norm(x, module.weight, module.variance_epsilon)
+
+
+def _call(module: Any, x: Tensor) -> Tensor:
+    return module(x)
 
 
 def decode_rows(
@@ -188,11 +225,6 @@ def causal_bias(length: int, dtype: torch.dtype) -> Tensor:
 # --- the tower ---
 
 
-def _is_plain(visual: nn.Module) -> bool:
-    """Whether nobody, such as peft, has put another module into the tower."""
-    return not any("lora_" in name for name, _ in visual.named_parameters())
-
-
 class FrozenTower(Qwen2VisionTransformerPretrainedModel):
     """The tower, run without gradient: pictures of one shape attend together, and activations are written over."""
 
@@ -207,7 +239,8 @@ class FrozenTower(Qwen2VisionTransformerPretrainedModel):
         hidden = linear(hidden_states.to(embedding.dtype), embedding.flatten(1))
         rotary = self._rotary(grids, hidden.device)
         runs = _equal_runs(grids)
-        for block in self.blocks:
+        blocks: Any = self.blocks
+        for block in blocks:
             hidden.add_(_tower_attention(block.attn, block.norm1(hidden), rotary, runs))
             inner = block.mlp.fc1(block.norm2(hidden))
             hidden.add_(block.mlp.fc2(block.mlp.act(inner)))
@@ -261,7 +294,8 @@ def _tower_attention(
     parts, start = [], 0
     for count, each in runs:
         part = qkv[start : start + count * each].view(count, each, 3, heads, width).permute(2, 0, 3, 1, 4)
-        parts.append(_attend(*part.unbind(0), attention.scaling).transpose(1, 2).reshape(count * each, -1))
+        q, k, v = part.unbind(0)
+        parts.append(_attend(q, k, v, attention.scaling).transpose(1, 2).reshape(count * each, -1))
         start += count * each
     return attention.proj(parts[0] if len(parts) == 1 else torch.cat(parts))
 

@@ -7,23 +7,24 @@ zeros and ones, s the scaling over the share kept)
     grad_x = grad_y W + keep * ((s grad_y B) A)    grad_A = (s grad_y B)' (keep * x)    grad_B = s grad_y' (keep * x A')
 
 so x, the mask and the rank-wide `keep * x A'` are kept and nothing else. Equal to peft's modules and autograd in exact
-arithmetic; one dropout mask is drawn per input rather than per module, so q, k and v (and gate and up) share theirs.
+arithmetic.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 from torch.nn.functional import linear, silu
 
 _MASK_LEVELS = 2**16
+_TENSORS = 5  # of a projection
 
 
 @dataclass(frozen=True)
@@ -31,31 +32,51 @@ class Projection:
     """A frozen linear layer and its adapter, which may be missing."""
 
     weight: Tensor  # (out, in)
-    bias: Tensor | None  # (out,)
-    lora_A: Tensor | None  # (rank, in)  # noqa: N815 (peft's names)
-    lora_B: Tensor | None  # (out, rank)  # noqa: N815
-    scaling: float
+    bias: Tensor | None = None  # (out,)
+    lora_A: Tensor | None = None  # (rank, in)  # noqa: N815 (peft's names)
+    lora_B: Tensor | None = None  # (out, rank)  # noqa: N815
+    mask: Tensor | None = None  # (rows, in) bool: what dropout keeps of the adapter's input
+    scaling: float = 1.0  # with a mask over the share that it keeps
 
     @property
     def tensors(self) -> tuple[Tensor | None, ...]:
-        """The four tensors, in the order that the functions below take them."""
-        return self.weight, self.bias, self.lora_A, self.lora_B
+        """What autograd must know of."""
+        return self.weight, self.bias, self.lora_A, self.lora_B, self.mask
+
+    def with_dropout(self, rows: int, rate: float) -> Projection:
+        """Draw the mask for an input of (rows, in)."""
+        if not rate or self.lora_A is None:
+            return self
+        mask = keep_mask((rows, self.weight.shape[1]), rate, self.weight.device)
+        return replace(self, mask=mask, scaling=self.scaling / (1 - rate))
 
 
-def keep_mask(shape: tuple[int, ...], rate: float, device: torch.device) -> Tensor | None:
-    """Return which elements of an input dropout keeps, bool; None without dropout.
+def keep_mask(shape: tuple[int, ...], rate: float, device: torch.device) -> Tensor:
+    """Return which elements of an input dropout keeps, bool.
 
     torch's Bernoulli generator on CPUs is serial and takes as long as the matrix product that follows; 16 random bits
     an element cost a seventh of it and give the rate to 1e-5.
     """
-    if not rate:
-        return None
     if device.type != "cpu":
         return torch.rand(shape, device=device) >= rate
     count = math.prod(shape)
     words = torch.empty((count + 3) // 4, dtype=torch.int64).random_(-(2**63), None)
     threshold = round(rate * _MASK_LEVELS) - _MASK_LEVELS // 2
     return (words.view(torch.int16)[:count] >= threshold).view(shape)
+
+
+class MaskDropout(nn.Module):
+    """Dropout that draws the same masks as the fused layers, for layers that stay modules."""
+
+    def __init__(self, rate: float) -> None:
+        super().__init__()
+        self.p = rate
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return x with some elements zero and the others larger; x itself outside training."""
+        if not self.training:
+            return x
+        return x * keep_mask(x.shape, self.p, x.device).to(x.dtype) * (1 / (1 - self.p))
 
 
 def _masked(x: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor | None]:
@@ -66,137 +87,110 @@ def _masked(x: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor | None]:
     return x * keep, keep
 
 
-def _project(x: Tensor, kept: Tensor, projections: Sequence[Projection]) -> tuple[list[Tensor], list[Any]]:
-    """Return each projection of x (rows, in), and the adapter's inner (rows, rank) of each."""
-    outputs, inner = [], []
-    for each in projections:
-        y = linear(x, each.weight, each.bias)
-        z = None
-        if each.lora_A is not None and each.lora_B is not None:
-            z = linear(kept, each.lora_A)
-            y.addmm_(z, each.lora_B.t(), alpha=each.scaling)
-        outputs.append(y)
-        inner.append(z)
-    return outputs, inner
+def _project(x: Tensor, each: Projection) -> tuple[Tensor, Tensor | None]:
+    """Return the projection of x (rows, in), and the adapter's inner (rows, rank)."""
+    y = linear(x, each.weight, each.bias)
+    if each.lora_A is None or each.lora_B is None:
+        return y, None
+    z = linear(_masked(x, each.mask)[0], each.lora_A)
+    return y.addmm_(z, each.lora_B.t(), alpha=each.scaling), z
 
 
 def _project_backward(
-    kept: Tensor,
-    keep: Tensor | None,
-    projections: Sequence[Projection],
-    inner: Sequence[Tensor | None],
-    grads: Sequence[Tensor],
-    needs_input: bool,
+    x: Tensor, each: Projection, z: Tensor | None, grad: Tensor, grad_x: Tensor | None, needs_input: bool
 ) -> tuple[Tensor | None, list[Tensor | None]]:
-    """Return the gradient of x, and those of (weight, bias, lora_A, lora_B) of each projection in one list."""
-    grad_x, low_rank, rows_a, of_parameters = None, [], [], []
-    for each, z, grad in zip(projections, inner, grads, strict=True):
-        grad_a = grad_b = None
-        if z is not None and each.lora_A is not None and each.lora_B is not None:
-            grad_z = (grad @ each.lora_B).mul_(each.scaling)
-            grad_a = grad_z.t() @ kept
-            grad_b = (z.t() @ grad).t().mul(each.scaling)
-            low_rank.append(grad_z)
-            rows_a.append(each.lora_A)
-        of_parameters += [None, None, grad_a, grad_b]
-        if needs_input:
-            grad_x = grad @ each.weight if grad_x is None else grad_x.addmm_(grad, each.weight)
-    if grad_x is not None and low_rank:
-        through_adapters = torch.cat(low_rank, 1) @ torch.cat(rows_a)
-        grad_x.add_(through_adapters if keep is None else through_adapters.mul_(keep))
-    return grad_x, of_parameters
+    """Return the gradient of x, added to `grad_x`, and those of the projection's tensors."""
+    if needs_input:
+        grad_x = grad @ each.weight if grad_x is None else grad_x.addmm_(grad, each.weight)
+    if z is None or each.lora_A is None or each.lora_B is None:
+        return grad_x, [None] * _TENSORS
+    kept, keep = _masked(x, each.mask)
+    grad_z = (grad @ each.lora_B).mul_(each.scaling)
+    grad_b = (z.t() @ grad).t().mul(each.scaling)
+    if grad_x is not None:
+        if keep is None:
+            grad_x.addmm_(grad_z, each.lora_A)
+        else:
+            grad_x.addcmul_(grad_z @ each.lora_A, keep)
+    return grad_x, [None, None, grad_z.t() @ kept, grad_b, None]
 
 
 def _unflatten(tensors: Sequence[Any], scalings: Sequence[float]) -> list[Projection]:
-    return [Projection(*tensors[4 * i : 4 * i + 4], scaling) for i, scaling in enumerate(scalings)]
+    starts = range(0, _TENSORS * len(scalings), _TENSORS)
+    return [
+        Projection(*tensors[start : start + _TENSORS], scaling=scaling)  # type: ignore[arg-type]
+        for start, scaling in zip(starts, scalings, strict=True)
+    ]
 
 
 class _LoraLinear(Function):
     """Projections of one input."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, mask: Tensor | None, scalings: tuple[float, ...], *tensors: Any) -> Any:
-        kept, _ = _masked(x, mask)
-        outputs, inner = _project(x, kept, _unflatten(tensors, scalings))
-        ctx.save_for_backward(x, mask, *tensors, *inner)
+    def forward(ctx: Any, x: Tensor, scalings: tuple[float, ...], *tensors: Any) -> Any:
+        outputs, inner = zip(*(_project(x, each) for each in _unflatten(tensors, scalings)), strict=True)
+        ctx.save_for_backward(x, *tensors, *inner)
         ctx.scalings = scalings
-        return tuple(outputs)
+        return outputs
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *grads: Tensor) -> Any:
-        x, mask, *rest = ctx.saved_tensors
-        projections, inner = _unflatten(rest, ctx.scalings), rest[4 * len(ctx.scalings) :]
-        kept, keep = _masked(x, mask)
-        grad_x, of_parameters = _project_backward(
-            kept, keep, projections, inner, grads, ctx.needs_input_grad[0]
-        )
-        return grad_x, None, None, *of_parameters
+    def backward(ctx: Any, /, *grads: Tensor) -> Any:  # type: ignore[override]
+        x, *rest = ctx.saved_tensors
+        inner = rest[_TENSORS * len(ctx.scalings) :]
+        grad_x, of_tensors = None, []
+        for each, z, grad in zip(_unflatten(rest, ctx.scalings), inner, grads, strict=True):
+            grad_x, found = _project_backward(x, each, z, grad, grad_x, ctx.needs_input_grad[0])
+            of_tensors += found
+        return grad_x, None, *of_tensors
 
 
 class _LoraSwiglu(Function):
     """`down(silu(gate(x)) * up(x))`; keeps gate(x) and up(x) and makes their product again in the backward pass."""
 
     @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, mask: Tensor | None, inner_mask: Tensor | None, scalings: Any, *tensors: Any
-    ) -> Tensor:
+    def forward(ctx: Any, x: Tensor, scalings: tuple[float, ...], *tensors: Any) -> Tensor:
         gate, up, down = _unflatten(tensors, scalings)
-        kept, _ = _masked(x, mask)
-        (g, u), inner = _project(x, kept, (gate, up))
-        h = silu(g).mul_(u)
-        kept, _ = _masked(h, inner_mask)
-        (y,), inner_h = _project(h, kept, (down,))
-        ctx.save_for_backward(x, mask, g, u, inner_mask, *tensors, *inner, *inner_h)
+        (g, z_gate), (u, z_up) = _project(x, gate), _project(x, up)
+        y, z_down = _project(silu(g).mul_(u), down)
+        ctx.save_for_backward(x, g, u, z_gate, z_up, z_down, *tensors)
         ctx.scalings = scalings
         return y
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *grads: Tensor) -> Any:
-        x, mask, g, u, inner_mask, *rest = ctx.saved_tensors
-        gate, up, down = _unflatten(rest, ctx.scalings)
-        z_gate, z_up, z_down = rest[12:]
+    def backward(ctx: Any, /, *grads: Tensor) -> Any:  # type: ignore[override]
+        x, g, u, z_gate, z_up, z_down, *tensors = ctx.saved_tensors
+        gate, up, down = _unflatten(tensors, ctx.scalings)
         activated = silu(g)
-        kept, keep = _masked(activated * u, inner_mask)
-        grad_h, of_down = _project_backward(kept, keep, (down,), (z_down,), grads, True)
+        grad_h, of_down = _project_backward(activated * u, down, z_down, grads[0], None, True)
         assert grad_h is not None
         grad_u = activated.mul_(grad_h)
         grad_g = torch.ops.aten.silu_backward(grad_h.mul_(u), g)
-        kept, keep = _masked(x, mask)
-        grad_x, of_x = _project_backward(
-            kept, keep, (gate, up), (z_gate, z_up), (grad_g, grad_u), ctx.needs_input_grad[0]
-        )
-        return grad_x, None, None, None, *of_x, *of_down
+        needs_input = ctx.needs_input_grad[0]
+        grad_x, of_gate = _project_backward(x, gate, z_gate, grad_g, None, needs_input)
+        grad_x, of_up = _project_backward(x, up, z_up, grad_u, grad_x, needs_input)
+        return grad_x, None, *of_gate, *of_up, *of_down
 
 
-def _mask_and_scalings(
-    flat: Tensor, width: int, projections: Sequence[Projection], dropout: float
-) -> tuple[Tensor | None, tuple[float, ...]]:
-    """Draw one mask for projections of a (rows, width) input; fold 1 / (1 - dropout) into their scalings."""
-    adapted = any(each.lora_A is not None for each in projections)
-    mask = keep_mask((len(flat), width), dropout, flat.device) if adapted else None
-    share = 1.0 if mask is None else 1 - dropout
-    return mask, tuple(each.scaling / share for each in projections)
+def _apply(
+    function: type[Function], x: Tensor, projections: Sequence[Projection], rates: Sequence[float]
+) -> Any:
+    drawn = [each.with_dropout(len(x), rate) for each, rate in zip(projections, rates, strict=True)]
+    return function.apply(
+        x, tuple(each.scaling for each in drawn), *(t for each in drawn for t in each.tensors)
+    )
 
 
-def lora_linear(x: Tensor, projections: Sequence[Projection], dropout: float) -> tuple[Tensor, ...]:
-    """Return each projection of x (..., in) as (..., out); `dropout` acts on what the adapters see."""
-    flat = x.reshape(-1, x.shape[-1])
-    mask, scalings = _mask_and_scalings(flat, flat.shape[1], projections, dropout)
-    outputs: Any = _LoraLinear.apply(flat, mask, scalings, *(t for each in projections for t in each.tensors))
+def lora_linear(x: Tensor, projections: Sequence[Projection], rates: Sequence[float]) -> tuple[Tensor, ...]:
+    """Return each projection of x (..., in) as (..., out); the dropout `rates` act on what the adapters see."""
+    outputs = _apply(_LoraLinear, x.reshape(-1, x.shape[-1]), projections, rates)
     return tuple(output.view(*x.shape[:-1], output.shape[-1]) for output in outputs)
 
 
-def lora_swiglu(
-    x: Tensor, gate: Projection, up: Projection, down: Projection, dropouts: tuple[float, float]
-) -> Tensor:
-    """Return `down(silu(gate(x)) * up(x))` of x (..., in); the two rates are for gate and up, and for down."""
-    flat = x.reshape(-1, x.shape[-1])
-    mask, outer = _mask_and_scalings(flat, flat.shape[1], (gate, up), dropouts[0])
-    inner_mask, inner = _mask_and_scalings(flat, down.weight.shape[1], (down,), dropouts[1])
-    tensors = [tensor for each in (gate, up, down) for tensor in each.tensors]
-    output: Any = _LoraSwiglu.apply(flat, mask, inner_mask, (*outer, *inner), *tensors)
+def lora_swiglu(x: Tensor, projections: Sequence[Projection], rates: Sequence[float]) -> Tensor:
+    """Return `down(silu(gate(x)) * up(x))` of x (..., in), with the projections gate, up and down."""
+    output = _apply(_LoraSwiglu, x.reshape(-1, x.shape[-1]), projections, rates)
     return output.view(*x.shape[:-1], output.shape[-1])
 
 
@@ -212,7 +206,7 @@ class _RmsNorm(Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *grads: Tensor) -> Any:
+    def backward(ctx: Any, /, *grads: Tensor) -> Any:  # type: ignore[override]
         x, weight, inverse = ctx.saved_tensors
         normal = x * inverse  # float32
         grad = (grads[0] * weight).float()

@@ -53,7 +53,7 @@ class _TargetLoss(Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *grads: Tensor) -> Any:
+    def backward(ctx: Any, /, *grads: Tensor) -> Any:  # type: ignore[override]
         (grad,) = grads
         return *(None if made is None else made * grad for made in ctx.saved_tensors), None, None
 
