@@ -112,6 +112,9 @@ class DataConfig(_Section):
     image_size: int | PixelRange = 280  # pixels a side (square, as in the article), or a range
     # Torch's fixed-point bicubic, or Pillow's own: five times the time for one level of difference now and then.
     resize: Literal["fast", "exact"] = "fast"
+    # each: the captions of a photo behind one prefix, each as if it were alone
+    captions_mode: Literal["join", "each"] = "join"
+    caption_mark: Annotated[str, Field(min_length=1)] = "&&"  # what separates captions in the shards' text
     max_length: Annotated[int, Field(ge=16)] = 8192  # tokens; only caption tokens are ever cut
     micro_batch_size: Annotated[int, Field(ge=1)] = 4  # samples in one forward pass of one rank
     workers: Annotated[int, Field(ge=0)] = 2  # loader processes per rank
@@ -215,6 +218,11 @@ class Recipe(_Section):
     def _consistent(self) -> Recipe:
         if not self.data.train:
             raise ValueError("data.train is missing: name a folder made by `qwenvl-dist shards pack`")
+        if self.data.captions_mode == "each" and self.model.attention == "flash_attention_2":
+            raise ValueError(
+                "data.captions_mode = each needs a mask, which flash_attention_2 does not take; "
+                "set model.attention to auto or sdpa, or captions_mode to join"
+            )
         if self.lora is None and not self.model.train:
             raise ValueError(
                 "nothing would train: lora is null and model.train is empty; "

@@ -152,7 +152,9 @@ def _load(shards: ShardSet) -> list[RawSample]:
     places = plan.locate(0, min(plan.total_samples, SAMPLES_IN_MEMORY))
     samples = [raw for raw in (shards.read(place) for place in places if place is not None) if raw.images]
     if not samples:
-        raise UserError(f"--shards {shards.storage.location}: no sample with a picture among them; pack some first")
+        raise UserError(
+            f"--shards {shards.storage.location}: no sample with a picture among them; pack some first"
+        )
     return samples
 
 

@@ -60,11 +60,12 @@ class Qwen2VLForCaptionLoss(Qwen2VLForConditionalGeneration):
         """Return the language model's last hidden states where there is a target, (targets, hidden)."""
         embeds = self.input_embeddings(batch)
         language = self.model.language_model
-        # No mask: sequences are padded on the right, attention is causal, and no target sits on padding.
+        # Without segments no mask: sequences are padded on the right, attention is causal, no target sits on padding.
+        mask = None if batch.segments is None else segment_mask(batch.segments, embeds.dtype)
         if is_fused(language):
-            return decode_rows(language, embeds, batch.position_ids, batch.target_positions)
+            return decode_rows(language, embeds, batch.position_ids, batch.target_positions, mask)
         hidden = language(
-            inputs_embeds=embeds, position_ids=batch.position_ids, use_cache=False
+            inputs_embeds=embeds, position_ids=batch.position_ids, attention_mask=mask, use_cache=False
         ).last_hidden_state
         # Two-dimensional before the head: a sliced three-dimensional input becomes a batched product over an expanded
         # weight, several times slower with a vocabulary of 152k.
@@ -76,6 +77,14 @@ class Qwen2VLForCaptionLoss(Qwen2VLForConditionalGeneration):
         if isinstance(self.lm_head, TargetLossHead):
             return self.lm_head(at_targets, batch.target_ids)
         return cross_entropy(self.lm_head(at_targets).float(), batch.target_ids, reduction="sum")
+
+
+def segment_mask(segments: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return (batch, 1, seq, seq), 0 where a token may look and -inf elsewhere: back, at segment 0 or its own."""
+    queries, keys = segments[:, :, None], segments[:, None, :]
+    allowed = ((keys == 0) | (keys == queries)).tril()
+    mask = torch.zeros(allowed.shape, dtype=dtype, device=segments.device)
+    return mask.masked_fill_(~allowed, -torch.inf)[:, None]
 
 
 # transformers looks up by class name how hub names become run-time names; a subclass unknown there would keep its

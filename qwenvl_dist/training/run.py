@@ -45,7 +45,10 @@ def build_model(recipe: Recipe, base: Path, processor: Any, zero_stage: int) -> 
 
     if not (sys.stderr.isatty() and Topology.from_environment().is_main):
         transformers.utils.logging.disable_progress_bar()
-    model = load_model(base, recipe.model)
+    config = recipe.model
+    if recipe.data.captions_mode == "each":
+        config = config.model_copy(update={"attention": "sdpa"})  # FlashAttention 2 takes no mask
+    model = load_model(base, config)
     # Under ZeRO-3 each weight must have been partitioned as it was read; a whole model would show as memory only.
     partitioned = all(hasattr(parameter, "ds_id") for parameter in model.parameters())
     assert partitioned == (zero_stage == 3), f"ZeRO-{zero_stage}, but partitioned is {partitioned}"
@@ -71,7 +74,8 @@ def open_streams(
     """Return the training stream, the validation stream and what identifies the data."""
     data, train_config = recipe.data, recipe.train
     rule = ImageSizeRule.of(data.image_size, processor)
-    encoder = SampleEncoder(processor, rule, data.max_length, data.resize == "exact")
+    mark = data.caption_mark if data.captions_mode == "each" else None
+    encoder = SampleEncoder(processor, rule, data.max_length, data.resize == "exact", mark)
     shards = open_shards(data, data.train)
     plan = RunPlan(
         shards.manifest.shard_sizes, seed=data.seed, window=data.shuffle_window, epochs=train_config.epochs
