@@ -45,6 +45,9 @@ class ModelConfig(_Section):
         "none"  # activation checkpointing of language layers: none | every_k | every_<n> | all
     )
     checkpointing_k: Annotated[int, Field(ge=2)] = 2  # the k of every_k
+    fast_path: bool = (
+        True  # our own forward and backward of frozen layers; false: transformers' and peft's modules
+    )
     # Parts trained fully, beside LoRA.
     train: Annotated[tuple[Literal["vision", "merger", "language", "head"], ...], _List] = ()
 
@@ -103,6 +106,9 @@ class DataConfig(_Section):
     image_size: int | PixelRange = 280  # pixels a side (square, as in the article), or a range
     # Torch's fixed-point bicubic, or Pillow's own: five times the time for one level of difference now and then.
     resize: Literal["fast", "exact"] = "fast"
+    # each: the captions of a photo behind one prefix, each as if it were alone
+    captions_mode: Literal["join", "each"] = "join"
+    caption_mark: Annotated[str, Field(min_length=1)] = "&&"  # what separates captions in the shards' text
     max_length: Annotated[int, Field(ge=16)] = 8192  # tokens; only caption tokens are ever cut
     micro_batch_size: Annotated[int, Field(ge=1)] = 4  # samples in one forward pass of one rank
     workers: Annotated[int, Field(ge=0)] = 2  # loader processes per rank
@@ -149,6 +155,8 @@ class OptimConfig(_Section):
     """AdamW and its learning-rate schedule."""
 
     learning_rate: Annotated[float, Field(gt=0)] = 1e-4
+    # Of single parts of the model, adapters on them included; the others take learning_rate.
+    learning_rates: dict[Literal["vision", "merger", "language", "head"], Annotated[float, Field(gt=0)]] = {}
     warmup_ratio: Annotated[float, Field(ge=0, le=1)] = 0.03  # share of all steps
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
     weight_decay: Annotated[float, Field(ge=0)] = 0.0  # never on biases and norms
@@ -210,6 +218,11 @@ class Recipe(_Section):
     def _consistent(self) -> Recipe:
         if not self.data.train:
             raise ValueError("data.train is missing: name a folder made by `qwenvl-dist shards pack`")
+        if self.data.captions_mode == "each" and self.model.attention == "flash_attention_2":
+            raise ValueError(
+                "data.captions_mode = each needs a mask, which flash_attention_2 does not take; "
+                "set model.attention to auto or sdpa, or captions_mode to join"
+            )
         if self.lora is None and not self.model.train:
             raise ValueError(
                 "nothing would train: lora is null and model.train is empty; "
@@ -390,9 +403,17 @@ def load_recipe(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -
         raise UserError(
             f"recipe {path}: holds a {type(tree).__name__}; it must be a mapping with sections such as data:"
         )
+    return make_recipe(tree, f"recipe {path}", overrides)
+
+
+def make_recipe(tree: dict[str, Any], origin: str, overrides: list[str] | tuple[str, ...] = ()) -> Recipe:
+    """Apply dotted overrides to plain values and validate them; `origin` says where they come from.
+
+    Raises UserError with one line (key, value, rule, remedy).
+    """
     for override in overrides:
         apply_override(tree, override)
     try:
         return Recipe.model_validate(tree)
     except ValidationError as error:
-        raise UserError(_explain(error, f"recipe {path}")) from error
+        raise UserError(_explain(error, origin)) from error

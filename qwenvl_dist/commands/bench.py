@@ -15,8 +15,9 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
         help="measure throughput beside the usual ways",
         description="Measure a part of the toolkit and the usual way beside it, in short rounds that take turns.",
     )
-    kinds = bench.add_subparsers(dest="kind", required=True, metavar="data")
+    kinds = bench.add_subparsers(dest="kind", required=True, metavar="KIND")
     _add_data(kinds)
+    _add_step(kinds)
 
 
 def print_result(report: dict, as_json: bool) -> None:
@@ -76,5 +77,80 @@ def run_data(args: argparse.Namespace) -> int:
         exact_resize=args.resize == "exact",
     )
     table(report)
+    print_result(report, args.json)
+    return 0
+
+
+def _add_step(kinds: argparse._SubParsersAction) -> None:
+    step = kinds.add_parser(
+        "step",
+        help="samples per second of a training step, and its share of the machine's matrix rate",
+        description="The training step of `train` under its DeepSpeed engine, on real batches, beside the matrix "
+        "products of the same shapes and, with --compare, beside a transformers Trainer on the same samples.",
+    )
+    step.add_argument("--base", required=True, help="folder in hub layout, or hub id")
+    step.add_argument(
+        "--photos", type=int, default=64, metavar="N", help="pictures to generate (default: 64)"
+    )
+    step.add_argument("--batch-size", type=int, default=4, metavar="N", help="samples a step (default: 4)")
+    step.add_argument("--steps", type=int, default=8, metavar="N", help="steps to measure (default: 8)")
+    step.add_argument(
+        "--shards", type=Path, metavar="DIR", help="take these samples instead of generated ones"
+    )
+    step.add_argument("--image-size", type=int, default=280, metavar="SIDE", help="pixels (default: 280)")
+    step.add_argument("--compare", choices=("trainer",), help="alternate with a transformers Trainer")
+    step.add_argument(
+        "--checkpointing",
+        default="",
+        metavar="MODES",
+        help="measure the peak memory of each of these, such as all,every_2,none",
+    )
+    step.add_argument("--json", action="store_true", help="print one JSON object on the last line of stdout")
+    step.add_argument(
+        "overrides",
+        nargs="*",
+        metavar="key.path=value",
+        help="other recipe keys, such as model.fast_path=false",
+    )
+    step.set_defaults(run=run_step)
+
+
+def run_step(args: argparse.Namespace) -> int:
+    """Measure the training step."""
+    import tempfile
+
+    from qwenvl_dist.config import make_recipe
+    from qwenvl_dist.errors import UserError
+
+    for name in ("photos", "batch_size", "steps"):
+        if getattr(args, name) < 1:
+            raise UserError(f"--{name.replace('_', '-')} {getattr(args, name)}: must be at least 1")
+    modes = [mode for mode in args.checkpointing.split(",") if mode]
+    with tempfile.TemporaryDirectory() as scratch:
+        shards = args.shards or Path(scratch) / "shards"
+        recipe = make_recipe(
+            {
+                "model": {"base": args.base},
+                "data": {
+                    "train": str(shards),
+                    "image_size": args.image_size,
+                    "micro_batch_size": args.batch_size,
+                },
+                "train": {"grad_accum_steps": 1, "epochs": 1_000_000, "output_dir": scratch},
+                "tracking": {"mode": "disabled"},
+            },
+            "bench step",
+            args.overrides,
+        )
+        for mode in modes:
+            make_recipe({"model": {"checkpointing": mode}, "data": {"train": "-"}}, "--checkpointing")
+
+        from qwenvl_dist.bench import step
+
+        if args.shards is None:
+            step.write_pictures(Path(scratch), args.photos, args.image_size)
+        report = step.measure(recipe, args.steps, args.compare == "trainer", modes)
+    for key, value in report.items():
+        print(f"{key:32} {value}", file=sys.stderr)
     print_result(report, args.json)
     return 0

@@ -38,7 +38,8 @@ class Example:
 class CaptionBatch:
     """One micro-batch on one rank.
 
-    Sequences are padded on the right. Attention is causal and no target looks at padding, so there is no mask.
+    Sequences are padded on the right. Attention is causal and no target looks at padding, so there is no mask. Where
+    answers share a prefix, `segments` says who may look at whom: at segment 0 and at one's own.
     """
 
     input_ids: Tensor  # (batch, seq) int64
@@ -53,6 +54,9 @@ class CaptionBatch:
         Tensor  # (targets,) int64 into the flattened (batch * seq): where the next token is learned
     )
     target_ids: Tensor  # (targets,) int64: that next token
+    segments: (
+        Tensor | None
+    )  # (batch, seq) int64: 0 for the prefix and padding, k for the k-th answer; None without any
     grids: tuple[Grid, ...]  # image_grid_thw on the host
     keys: tuple[str, ...]  # real samples only
     bad: tuple[BadSampleRecord, ...]
@@ -100,6 +104,15 @@ def collate(examples: Sequence[Example], dummy: Example, pad_token: int, image_t
     grids = tuple(grid for row in rows for grid in row.grids)
     learned = labels[:, 1:] != IGNORE
     row_index, column = np.nonzero(learned)
+    segments = None
+    if any(row.chat.segments is not None for row in rows):
+        segments = np.zeros(shape, np.int64)
+        for number, row in enumerate(rows):
+            if row.chat.segments is not None:
+                segments[number, : lengths[number]] = row.chat.segments
+                # An answer's first token is learned where the shared prefix ends.
+                first = (row_index == number) & (np.diff(segments[number])[column] > 0)
+                column[first] = np.flatnonzero(row.chat.segments == 0)[-1]
     return CaptionBatch(
         input_ids=torch.from_numpy(input_ids),
         labels=torch.from_numpy(labels),
@@ -109,6 +122,7 @@ def collate(examples: Sequence[Example], dummy: Example, pad_token: int, image_t
         image_positions=torch.from_numpy(np.flatnonzero(input_ids == image_token)),
         target_positions=torch.from_numpy(row_index * shape[1] + column),
         target_ids=torch.from_numpy(labels[:, 1:][learned]),
+        segments=None if segments is None else torch.from_numpy(segments),
         grids=grids,
         keys=tuple(row.key for row in rows if row.key is not None),
         bad=tuple(row.bad for row in rows if row.bad is not None),

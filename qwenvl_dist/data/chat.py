@@ -35,6 +35,8 @@ class EncodedChat:
     input_ids: Int64  # (seq,)
     labels: Int64  # (seq,), IGNORE = no loss
     position_ids: Int64  # (3, seq): time, height, width
+    # (seq,): 0 for a prefix that several answers share, k for the k-th of them; None for a plain conversation
+    segments: Int64 | None = None
 
 
 def image_tokens(grid: Grid, merge_size: int) -> int:
@@ -171,6 +173,39 @@ class ChatEncoder:
         ids, learned = self._cut(*self._widen(*self._tokenize(text), grids))
         positions = mrope_positions(ids == self.image_token, grids, self.merge_size)
         return EncodedChat(ids, np.where(learned, ids, IGNORE), positions)
+
+    def encode_each(self, messages: list[dict[str, Any]], grids: Sequence[Grid], mark: str) -> EncodedChat:
+        """Encode the answers that `mark` separates in the last message behind one prefix.
+
+        Each has the tokens, labels and positions that it would have alone, and is to attend to the prefix and itself.
+        A conversation with a single answer, or with words to learn before the last, is encoded plainly. Raises what
+        `encode` does.
+        """
+        *before, last = messages
+        answers = [answer for answer in map(str.strip, "".join(_texts([last])).split(mark)) if answer]
+        learns_before = any(message["role"] == "assistant" for message in before)
+        if last["role"] != "assistant" or len(answers) < 2 or learns_before:
+            return self.encode(messages, grids)
+        alone = []
+        for answer in answers:
+            last = {"role": "assistant", "content": [{"type": "text", "text": answer}]}
+            alone.append(self.encode([*before, last], grids))
+        start = int(np.flatnonzero(alone[0].labels != IGNORE)[0])
+        # What follows the last learned token is of no use to anybody.
+        ends = [int(np.flatnonzero(chat.labels != IGNORE)[-1]) + 1 for chat in alone]
+        length = start + sum(end - start for end in ends)
+        if length > self.max_length:
+            raise TooLong(f"{length} tokens in {len(answers)} answers exceed max_length {self.max_length}")
+        pieces = [
+            (alone[0], slice(0, start)),
+            *((c, slice(start, e)) for c, e in zip(alone, ends, strict=True)),
+        ]
+        return EncodedChat(
+            np.concatenate([chat.input_ids[piece] for chat, piece in pieces]),
+            np.concatenate([chat.labels[piece] for chat, piece in pieces]),
+            np.concatenate([chat.position_ids[:, piece] for chat, piece in pieces], axis=1),
+            np.repeat(np.arange(len(pieces)), [piece.stop - piece.start for _, piece in pieces]),
+        )
 
     def _head(self, text: str, grids: tuple[Grid, ...]) -> tuple[Int64, NDArray[np.bool_], Int64]:
         """Return ids, learned and positions of what comes before the last answer."""

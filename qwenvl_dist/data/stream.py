@@ -49,10 +49,16 @@ class SampleEncoder:
     """Bytes of a sample -> Example. Picklable; runs in loader workers."""
 
     def __init__(
-        self, processor: Any, size_rule: ImageSizeRule, max_length: int, exact_resize: bool = True
+        self,
+        processor: Any,
+        size_rule: ImageSizeRule,
+        max_length: int,
+        exact_resize: bool = True,
+        caption_mark: str | None = None,
     ) -> None:
         self.exact_resize = exact_resize
         self.chat = ChatEncoder(processor, max_length)
+        self.caption_mark = caption_mark  # separates captions that share a prefix; None joins them
         self.size_rule = size_rule
         self.patch_size = int(processor.image_processor.patch_size)
         self.dummy = self._make_dummy()
@@ -61,7 +67,7 @@ class SampleEncoder:
     def max_bytes(self) -> int:
         """How much of a batch one sample with one picture takes at most: its pixels and seven int64 a token."""
         area = self.size_rule.max_pixels if self.size_rule.side is None else self.size_rule.side**2
-        return 3 * area + 7 * 8 * self.chat.max_length
+        return 3 * area + 8 * 8 * self.chat.max_length
 
     def _make_dummy(self) -> Example:
         side = self.size_rule.factor
@@ -87,7 +93,11 @@ class SampleEncoder:
         return Seen(messages, tuple(grid for _, grid in pictures), pixels)
 
     def _read(self, raw: RawSample, seen: Seen) -> Example:
-        return Example(raw.key, self.chat.encode(seen.messages, seen.grids), seen.grids, seen.pixels)
+        if self.caption_mark is None:
+            chat = self.chat.encode(seen.messages, seen.grids)
+        else:
+            chat = self.chat.encode_each(seen.messages, seen.grids, self.caption_mark)
+        return Example(raw.key, chat, seen.grids, seen.pixels)
 
     def encode(self, raw: RawSample) -> Example:
         """Encode one sample. Raises UnreadableImage, TooLong, or ValueError for a damaged record."""

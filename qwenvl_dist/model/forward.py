@@ -15,6 +15,8 @@ from transformers.conversion_mapping import (
     register_checkpoint_conversion_mapping,
 )
 
+from qwenvl_dist.model.fast_path import FrozenTower, decode_rows, is_fused
+from qwenvl_dist.model.head import TargetLossHead
 from qwenvl_dist.model.pixels import PixelSettings, pixel_values
 
 if TYPE_CHECKING:
@@ -44,26 +46,45 @@ class Qwen2VLForCaptionLoss(Qwen2VLForConditionalGeneration):
         trains = any(parameter.requires_grad for parameter in visual.parameters())
         with contextlib.nullcontext() if trains else torch.no_grad():
             pixels = pixel_values(batch.pixels, batch.grids, self.pixel_settings).to(visual.dtype)
-            return visual(pixels, grid_thw=batch.image_grid_thw).pooler_output
+            on_host = {"grids": batch.grids} if isinstance(visual, FrozenTower) else {}
+            return visual(pixels, grid_thw=batch.image_grid_thw, **on_host).pooler_output
 
-    def hidden_states(self, batch: CaptionBatch) -> Tensor:
-        """Return the language model's last hidden states, (batch, seq, hidden)."""
+    def input_embeddings(self, batch: CaptionBatch) -> Tensor:
+        """Return (batch, seq, hidden): words, and the features of pictures in their places."""
         features = self.vision_features(batch)
         embeds = self.model.get_input_embeddings()(batch.input_ids)
         flat = embeds.reshape(-1, embeds.shape[-1])
-        flat = flat.index_copy(0, batch.image_positions, features.to(flat.dtype))
-        # No mask: sequences are padded on the right, attention is causal, and no target sits on padding.
-        return self.model.language_model(
-            inputs_embeds=flat.view_as(embeds), position_ids=batch.position_ids, use_cache=False
+        return flat.index_copy(0, batch.image_positions, features.to(flat.dtype)).view_as(embeds)
+
+    def target_states(self, batch: CaptionBatch) -> Tensor:
+        """Return the language model's last hidden states where there is a target, (targets, hidden)."""
+        embeds = self.input_embeddings(batch)
+        language = self.model.language_model
+        # Without segments no mask: sequences are padded on the right, attention is causal, no target sits on padding.
+        mask = None if batch.segments is None else segment_mask(batch.segments, embeds.dtype)
+        if is_fused(language):
+            return decode_rows(language, embeds, batch.position_ids, batch.target_positions, mask)
+        hidden = language(
+            inputs_embeds=embeds, position_ids=batch.position_ids, attention_mask=mask, use_cache=False
         ).last_hidden_state
+        # Two-dimensional before the head: a sliced three-dimensional input becomes a batched product over an expanded
+        # weight, several times slower with a vocabulary of 152k.
+        return hidden.reshape(-1, hidden.shape[-1])[batch.target_positions]
 
     def caption_loss(self, batch: CaptionBatch) -> Tensor:
         """Return the sum of the token losses, a float32 scalar with a graph even when the batch has no target."""
-        hidden = self.hidden_states(batch)
-        # Two-dimensional before the head: a sliced three-dimensional input becomes a batched product over an expanded
-        # weight, several times slower with a vocabulary of 152k.
-        at_targets = hidden.reshape(-1, hidden.shape[-1])[batch.target_positions]
+        at_targets = self.target_states(batch)
+        if isinstance(self.lm_head, TargetLossHead):
+            return self.lm_head(at_targets, batch.target_ids)
         return cross_entropy(self.lm_head(at_targets).float(), batch.target_ids, reduction="sum")
+
+
+def segment_mask(segments: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return (batch, 1, seq, seq), 0 where a token may look and -inf elsewhere: back, at segment 0 or its own."""
+    queries, keys = segments[:, :, None], segments[:, None, :]
+    allowed = ((keys == 0) | (keys == queries)).tril()
+    mask = torch.zeros(allowed.shape, dtype=dtype, device=segments.device)
+    return mask.masked_fill_(~allowed, -torch.inf)[:, None]
 
 
 # transformers looks up by class name how hub names become run-time names; a subclass unknown there would keep its

@@ -57,11 +57,18 @@ def make_trainable(model: Any, lora: LoraConfig | None, config: ModelConfig) -> 
     return trained
 
 
+def part_of(name: str) -> str:
+    """Return which part of a recipe's `train` a parameter belongs to; `vision` is the tower without its merger."""
+    plain = name.removeprefix("base_model.model.")
+    return next(
+        part for part in ("merger", "vision", "language", "head") if plain.startswith(_PART_PREFIXES[part])
+    )
+
+
 def _thaw(model: nn.Module, part: str) -> None:
     count = 0
     for name, parameter in model.named_parameters():
-        plain = name.removeprefix("base_model.model.")
-        if plain.startswith(_PART_PREFIXES[part]) and not (part == "vision" and ".merger." in plain):
+        if part_of(name) == part:
             parameter.requires_grad_("lora_" not in name or parameter.requires_grad)
             count += 1
     if not count:

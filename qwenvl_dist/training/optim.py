@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from qwenvl_dist.model.lora import trainable_parameters
+from qwenvl_dist.errors import UserError
+from qwenvl_dist.model.lora import part_of, trainable_parameters
 
 if TYPE_CHECKING:
     from qwenvl_dist.config import OptimConfig
@@ -18,16 +19,28 @@ def make_optimizer(
 ) -> torch.optim.Optimizer:
     """Return AdamW over what trains; weight decay skips vectors (biases, norms).
 
-    With the optimizer offloaded to the host, DeepSpeed's vectorised CPU Adam takes its place.
+    A group's `rate_factor` is its share of the learning rate that the schedule gives. With the optimizer offloaded to
+    the host, DeepSpeed's vectorised CPU Adam takes its place.
+
+    Raises:
+        UserError: a learning rate for a part of which nothing trains.
     """
-    parameters = trainable_parameters(model).values()
-    # Under ZeRO-3 a parameter's own shape is empty while it is partitioned; ds_shape keeps the real one.
-    matrices = [p for p in parameters if len(getattr(p, "ds_shape", p.shape)) > 1]
-    vectors = [p for p in parameters if len(getattr(p, "ds_shape", p.shape)) <= 1]
+    parameters = trainable_parameters(model)
+    for part in config.learning_rates:
+        if not any(part_of(name) == part for name in parameters):
+            raise UserError(
+                f"optim.learning_rates names {part!r}, of which nothing trains; name it in model.train or take it out"
+            )
+    rates: dict[str, float] = {**config.learning_rates}
+    grouped: dict[tuple[float, float], list[torch.nn.Parameter]] = {}
+    for name, parameter in parameters.items():
+        # Under ZeRO-3 a parameter's own shape is empty while it is partitioned; ds_shape keeps the real one.
+        is_matrix = len(getattr(parameter, "ds_shape", parameter.shape)) > 1
+        rate = rates.get(part_of(name), config.learning_rate)
+        grouped.setdefault((rate, config.weight_decay if is_matrix else 0.0), []).append(parameter)
     groups = [
-        {"params": group, "weight_decay": decay}
-        for group, decay in ((matrices, config.weight_decay), (vectors, 0.0))
-        if group
+        {"params": group, "lr": rate, "rate_factor": rate / config.learning_rate, "weight_decay": decay}
+        for (rate, decay), group in grouped.items()
     ]
     offload = deepspeed["zero_optimization"].get("offload_optimizer") or {}
     if offload.get("device", "none") != "none":

@@ -18,6 +18,7 @@ from qwenvl_dist.data.stream import CaptionStream, SampleEncoder
 from qwenvl_dist.distributed import HostGroup, Topology, start
 from qwenvl_dist.errors import CheckFailed, UserError
 from qwenvl_dist.logs import get_logger
+from qwenvl_dist.model.fast_path import install as install_fast_path
 from qwenvl_dist.model.load import load_model, load_processor, resolve_base
 from qwenvl_dist.model.lora import make_trainable, set_activation_checkpointing, trainable_parameters
 from qwenvl_dist.model.pixels import PixelSettings
@@ -44,14 +45,20 @@ def build_model(recipe: Recipe, base: Path, processor: Any, zero_stage: int) -> 
 
     if not (sys.stderr.isatty() and Topology.from_environment().is_main):
         transformers.utils.logging.disable_progress_bar()
-    model = load_model(base, recipe.model)
+    config = recipe.model
+    if recipe.data.captions_mode == "each":
+        config = config.model_copy(update={"attention": "sdpa"})  # FlashAttention 2 takes no mask
+    model = load_model(base, config)
     # Under ZeRO-3 each weight must have been partitioned as it was read; a whole model would show as memory only.
     partitioned = all(hasattr(parameter, "ds_id") for parameter in model.parameters())
     assert partitioned == (zero_stage == 3), f"ZeRO-{zero_stage}, but partitioned is {partitioned}"
     model.pixel_settings = PixelSettings.of(processor)
     set_activation_checkpointing(model, recipe.model.checkpoint_every)
     torch.manual_seed(recipe.train.seed)  # the adapter starts the same on every rank, world size and stage
-    return make_trainable(model, recipe.lora, recipe.model)
+    trained = make_trainable(model, recipe.lora, recipe.model)
+    if recipe.model.fast_path:
+        install_fast_path(model, partitioned)
+    return trained
 
 
 def open_shards(data: DataConfig, place: str) -> ShardSet:
@@ -67,7 +74,8 @@ def open_streams(
     """Return the training stream, the validation stream and what identifies the data."""
     data, train_config = recipe.data, recipe.train
     rule = ImageSizeRule.of(data.image_size, processor)
-    encoder = SampleEncoder(processor, rule, data.max_length, data.resize == "exact")
+    mark = data.caption_mark if data.captions_mode == "each" else None
+    encoder = SampleEncoder(processor, rule, data.max_length, data.resize == "exact", mark)
     shards = open_shards(data, data.train)
     plan = RunPlan(
         shards.manifest.shard_sizes, seed=data.seed, window=data.shuffle_window, epochs=train_config.epochs

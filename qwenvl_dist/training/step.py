@@ -52,7 +52,7 @@ def train_step(
     accumulation and padding do not change it. DeepSpeed averages over ranks and accumulation; the factor undoes that.
     """
     for group in state.optimizer.param_groups:
-        group["lr"] = rate
+        group["lr"] = rate * group["rate_factor"]
     layout = state.batches.layout
     scale = layout.world_size * layout.grad_accum_steps / max(1, target_tokens)
     losses = []

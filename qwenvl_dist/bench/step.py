@@ -1,0 +1,235 @@
+"""Samples per second of a training step, beside the machine's matrix rate and a transformers Trainer.
+
+The real step of `train` under its real DeepSpeed engine, on batches of the real stream. All paths take turns in one run
+and each step is set beside its own matrix products, timed before and after it: a machine that drifts does not matter.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import statistics
+import tempfile
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from qwenvl_dist.bench.flops import StepWork, step_work
+from qwenvl_dist.bench.trainer import TrainerProcess, trainer_inputs
+from qwenvl_dist.config import Recipe
+from qwenvl_dist.data.batch import CaptionBatch
+from qwenvl_dist.data.formats import read_coco_captions
+from qwenvl_dist.data.pack import pack
+from qwenvl_dist.distributed import HostGroup, Topology, start
+from qwenvl_dist.logs import get_logger
+from qwenvl_dist.model.load import resolve_base
+from qwenvl_dist.model.lora import set_activation_checkpointing
+from qwenvl_dist.synthetic.scenes import write_scenes
+from qwenvl_dist.training.run import assemble
+from qwenvl_dist.training.state import TrainState
+from qwenvl_dist.training.step import train_step
+
+log = get_logger(__name__)
+BLOCK = 2  # steps of one path before the other has its turn
+WARM_UP = 1
+
+
+@dataclass
+class Turns:
+    """What the turns gave."""
+
+    step_seconds: list[float] = field(default_factory=list)
+    wait_seconds: list[float] = field(default_factory=list)
+    losses: list[float] = field(default_factory=list)  # mean token loss of each step
+    shares: list[float] = field(default_factory=list)  # of the matrix rate, of each step
+    rates: list[float] = field(default_factory=list)  # GFLOP/s of the products around each step
+    trainer_seconds: list[float] = field(default_factory=list)
+    trainer_losses: list[float] = field(default_factory=list)
+    samples: list[int] = field(default_factory=list)
+    gflop: list[float] = field(default_factory=list)
+
+
+def write_pictures(folder: Path, photos: int, side: int) -> Path:
+    """Write shards of generated pictures with five captions each."""
+    files = write_scenes(folder / "scenes", photos, size=side, style="plain5", validation_count=0)
+    captions = files["train"]
+    pack(read_coco_captions(captions, captions.parent / "images"), folder / "shards", samples_per_shard=256)
+    return folder / "shards"
+
+
+def measure(recipe: Recipe, steps: int, compare_trainer: bool, modes: list[str]) -> dict[str, Any]:
+    """Return the report of `bench step`; `recipe` has shards, batch size and everything else."""
+    began = time.perf_counter()
+    accelerator = start(recipe)
+    base = resolve_base(recipe.model.base)
+    joined = time.perf_counter()
+    state = assemble(recipe, accelerator, Topology.from_environment(), HostGroup(1800), base)
+    ready = time.perf_counter()
+    stream = endless(state)
+    turns = Turns()
+    total = WARM_UP + steps
+    with contextlib.ExitStack() as stack:
+        trainer = None
+        if compare_trainer:
+            folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+            write_trainer_inputs(state, total, folder / "inputs.pt")
+            process = TrainerProcess(base, recipe, folder / "inputs.pt", total + 1, torch.get_num_threads())
+            trainer = stack.enter_context(process)
+        state.engine.train()
+        batch = next(stream)
+        first_batch = time.perf_counter()
+        one_step(state, batch)
+        startup = {
+            "join": joined - began,
+            "model_and_zero": ready - joined,
+            "first_batch": first_batch - ready,
+            "first_step": time.perf_counter() - first_batch,
+        }
+        if trainer:
+            trainer.run(WARM_UP)
+        for done in range(0, steps, BLOCK):
+            take_turn(state, stream, min(BLOCK, steps - done), turns, trainer)
+            log.info("%d of %d steps", min(done + BLOCK, steps), steps)
+    memory = {mode: memory_of(state, batch, mode) for mode in modes}
+    return report(state, turns, memory, startup)
+
+
+def endless(state: TrainState) -> Iterator[CaptionBatch]:
+    """Yield the micro-batches of the stream."""
+    for micro_batches in state.batches.iterate():
+        yield from micro_batches
+
+
+def write_trainer_inputs(state: TrainState, count: int, path: Path) -> None:
+    """Write what the Trainer gets: the samples of our first `count` steps."""
+    batches = endless(state)
+    base = base_model(state)
+    image_token = state.batches.encoder.chat.image_token
+    settings = base.pixel_settings
+    inputs = [trainer_inputs(next(batches), settings, image_token) for _ in range(count)]
+    torch.save(inputs + inputs[:1], path)  # one more: it waits for its turn in a step that never comes
+
+
+def base_model(state: TrainState) -> Any:
+    """Return the Qwen2-VL inside engine and adapter."""
+    module = state.engine.module
+    return module.get_base_model() if hasattr(module, "get_base_model") else module
+
+
+def one_step(state: TrainState, batch: CaptionBatch) -> float:
+    """Make an optimizer step of one micro-batch; return its mean token loss. Waits for the device."""
+    rate = state.recipe.optim.learning_rate
+    result = train_step(state, [batch], rate, batch.target_tokens, len(batch.keys))
+    state.progress.advance(len(batch.keys), state.total_samples)
+    return float(result.losses.sum()) / max(1, batch.target_tokens)
+
+
+def take_turn(
+    state: TrainState,
+    stream: Iterator[CaptionBatch],
+    steps: int,
+    turns: Turns,
+    trainer: TrainerProcess | None,
+) -> None:
+    """Measure our steps, the products of each around it, and then the Trainer's steps on the same samples."""
+    device, dtype = state.accelerator.device, base_model(state).dtype
+    seconds = []
+    for _ in range(steps):
+        started = time.perf_counter()
+        batch = next(stream)
+        turns.wait_seconds.append(time.perf_counter() - started)
+        work = work_of(state, batch)
+        before = work.seconds_of_products(dtype, device)
+        started = time.perf_counter()
+        turns.losses.append(one_step(state, batch))
+        seconds.append(time.perf_counter() - started)
+        in_products = (before + work.seconds_of_products(dtype, device)) / 2
+        turns.rates.append(work.product_flops / in_products / 1e9)
+        turns.shares.append(work.flops / 1e9 / turns.rates[-1] / seconds[-1])
+        turns.samples.append(len(batch.keys))
+        turns.gflop.append(work.flops / 1e9)
+    turns.step_seconds += seconds
+    if trainer:
+        theirs, losses = trainer.run(steps)
+        turns.trainer_seconds += theirs
+        turns.trainer_losses += losses
+
+
+def work_of(state: TrainState, batch: CaptionBatch) -> StepWork:
+    """Return what a batch takes."""
+    lora = state.recipe.lora
+    return step_work(
+        base_model(state).config, batch, lora.rank if lora else 0, lora.target_modules if lora else ()
+    )
+
+
+def memory_of(state: TrainState, batch: CaptionBatch, mode: str) -> float:
+    """Return the peak memory, GiB, of a step under a checkpointing mode: of the GPU, or of the process."""
+    every = state.recipe.model.model_copy(update={"checkpointing": mode}).checkpoint_every
+    set_activation_checkpointing(base_model(state), every)
+    reset_peak()
+    one_step(state, batch)
+    peak = peak_gib()
+    set_activation_checkpointing(base_model(state), state.recipe.model.checkpoint_every)
+    return peak
+
+
+def reset_peak() -> None:
+    """Forget earlier peaks."""
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+        return
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None).malloc_trim(0)  # else what earlier steps have freed still counts (glibc)
+    with contextlib.suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")
+
+
+def peak_gib() -> float:
+    """Return the largest memory held since `reset_peak`."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 2**30
+    status = Path("/proc/self/status").read_text()
+    return int(next(line.split()[1] for line in status.splitlines() if line.startswith("VmHWM"))) / 2**20
+
+
+def report(
+    state: TrainState, turns: Turns, memory: dict[str, float], startup: dict[str, float]
+) -> dict[str, Any]:
+    """Return the figures by name."""
+    median = statistics.median
+    step_seconds = median(turns.step_seconds)
+    per_second = sum(turns.samples) / sum(turns.step_seconds)
+    waited = sum(turns.wait_seconds)
+    result: dict[str, Any] = {
+        "samples_per_second": per_second,
+        "step_seconds": step_seconds,
+        "matrix_rate_share": median(turns.shares),
+        "data_wait_fraction": waited / (waited + sum(turns.step_seconds)),
+        "peak_memory_gib": max(memory.values()) if memory else peak_gib(),
+        "trainer_samples_per_second": None,
+        "ratio": None,
+        "matrix_gflop_per_second": median(turns.rates),
+        "useful_gflop_per_sample": sum(turns.gflop) / max(1, sum(turns.samples)),
+        "loss": statistics.fmean(turns.losses),
+        "memory_gib_by_checkpointing": memory,
+        "startup_seconds": startup,
+        "mfu": None,
+    }
+    if turns.trainer_seconds:
+        theirs = sum(turns.samples) / sum(turns.trainer_seconds)
+        # Steps of the same samples, minutes apart on a machine that drifts: their ratio one by one, then the median.
+        pairs = zip(turns.trainer_seconds, turns.step_seconds, strict=True)
+        result.update(
+            trainer_samples_per_second=theirs,
+            ratio=median(trainer / ours for trainer, ours in pairs),
+            trainer_step_seconds=median(turns.trainer_seconds),
+            trainer_loss=statistics.fmean(turns.trainer_losses),
+            losses=turns.losses,
+            trainer_losses=turns.trainer_losses,
+        )
+    return result

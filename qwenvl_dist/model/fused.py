@@ -1,0 +1,240 @@
+"""Frozen layers with an adapter, differentiated by hand.
+
+Autograd keeps every intermediate of peft's modules and walks through each of their casts, masks and sums. With the base
+weight frozen little of it is needed: for `y = x W' + s (keep * x) A' B'` (`'` transposes, `keep` is dropout's mask of
+zeros and ones, s the scaling over the share kept)
+
+    grad_x = grad_y W + keep * ((s grad_y B) A)    grad_A = (s grad_y B)' (keep * x)    grad_B = s grad_y' (keep * x A')
+
+so x, the mask and the rank-wide `keep * x A'` are kept and nothing else. Equal to peft's modules and autograd in exact
+arithmetic.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd import Function
+from torch.autograd.function import once_differentiable
+from torch.nn.functional import linear, silu
+
+_MASK_LEVELS = 2**16
+_TENSORS = 5  # of a projection
+
+
+@dataclass(frozen=True)
+class Projection:
+    """A frozen linear layer and its adapter, which may be missing."""
+
+    weight: Tensor  # (out, in)
+    bias: Tensor | None = None  # (out,)
+    lora_A: Tensor | None = None  # (rank, in)  # noqa: N815 (peft's names)
+    lora_B: Tensor | None = None  # (out, rank)  # noqa: N815
+    mask: Tensor | None = None  # (rows, in) bool: what dropout keeps of the adapter's input
+    scaling: float = 1.0  # with a mask over the share that it keeps
+
+    @property
+    def tensors(self) -> tuple[Tensor | None, ...]:
+        """What autograd must know of."""
+        return self.weight, self.bias, self.lora_A, self.lora_B, self.mask
+
+    def with_dropout(self, rows: int, rate: float) -> Projection:
+        """Draw the mask for an input of (rows, in)."""
+        if not rate or self.lora_A is None:
+            return self
+        mask = keep_mask((rows, self.weight.shape[1]), rate, self.weight.device)
+        return replace(self, mask=mask, scaling=self.scaling / (1 - rate))
+
+
+def keep_mask(shape: tuple[int, ...], rate: float, device: torch.device) -> Tensor:
+    """Return which elements of an input dropout keeps, bool.
+
+    torch's Bernoulli generator on CPUs is serial and takes as long as the matrix product that follows; 16 random bits
+    an element cost a seventh of it and give the rate to 1e-5.
+    """
+    if device.type != "cpu":
+        return torch.rand(shape, device=device) >= rate
+    count = math.prod(shape)
+    words = torch.empty((count + 3) // 4, dtype=torch.int64).random_(-(2**63), None)
+    threshold = round(rate * _MASK_LEVELS) - _MASK_LEVELS // 2
+    return (words.view(torch.int16)[:count] >= threshold).view(shape)
+
+
+class MaskDropout(nn.Module):
+    """Dropout that draws the same masks as the fused layers, for layers that stay modules."""
+
+    def __init__(self, rate: float) -> None:
+        super().__init__()
+        self.p = rate
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return x with some elements zero and the others larger; x itself outside training."""
+        if not self.training:
+            return x
+        return x * keep_mask(x.shape, self.p, x.device).to(x.dtype) * (1 / (1 - self.p))
+
+
+def _masked(x: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """Return `keep * x` and `keep` as numbers."""
+    if mask is None:
+        return x, None
+    keep = mask.to(x.dtype)  # once: a product with a bool tensor is several times slower
+    return x * keep, keep
+
+
+def _project(x: Tensor, each: Projection) -> tuple[Tensor, Tensor | None]:
+    """Return the projection of x (rows, in), and the adapter's inner (rows, rank)."""
+    y = linear(x, each.weight, each.bias)
+    if each.lora_A is None or each.lora_B is None:
+        return y, None
+    z = linear(_masked(x, each.mask)[0], each.lora_A)
+    return y.addmm_(z, each.lora_B.t(), alpha=each.scaling), z
+
+
+def _project_backward(
+    x: Tensor, each: Projection, z: Tensor | None, grad: Tensor, grad_x: Tensor | None, needs_input: bool
+) -> tuple[Tensor | None, list[Tensor | None]]:
+    """Return the gradient of x, added to `grad_x`, and those of the projection's tensors."""
+    if needs_input:
+        grad_x = grad @ each.weight if grad_x is None else grad_x.addmm_(grad, each.weight)
+    if z is None or each.lora_A is None or each.lora_B is None:
+        return grad_x, [None] * _TENSORS
+    kept, keep = _masked(x, each.mask)
+    grad_z = (grad @ each.lora_B).mul_(each.scaling)
+    grad_b = (z.t() @ grad).t().mul(each.scaling)
+    if grad_x is not None:
+        if keep is None:
+            grad_x.addmm_(grad_z, each.lora_A)
+        else:
+            grad_x.addcmul_(grad_z @ each.lora_A, keep)
+    return grad_x, [None, None, grad_z.t() @ kept, grad_b, None]
+
+
+def _unflatten(tensors: Sequence[Any], scalings: Sequence[float]) -> list[Projection]:
+    starts = range(0, _TENSORS * len(scalings), _TENSORS)
+    return [
+        Projection(*tensors[start : start + _TENSORS], scaling=scaling)  # type: ignore[arg-type]
+        for start, scaling in zip(starts, scalings, strict=True)
+    ]
+
+
+class _LoraLinear(Function):
+    """Projections of one input."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, scalings: tuple[float, ...], *tensors: Any) -> Any:
+        outputs, inner = zip(*(_project(x, each) for each in _unflatten(tensors, scalings)), strict=True)
+        ctx.save_for_backward(x, *tensors, *inner)
+        ctx.scalings = scalings
+        return outputs
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, /, *grads: Tensor) -> Any:  # type: ignore[override]
+        x, *rest = ctx.saved_tensors
+        inner = rest[_TENSORS * len(ctx.scalings) :]
+        grad_x, of_tensors = None, []
+        for each, z, grad in zip(_unflatten(rest, ctx.scalings), inner, grads, strict=True):
+            grad_x, found = _project_backward(x, each, z, grad, grad_x, ctx.needs_input_grad[0])
+            of_tensors += found
+        return grad_x, None, *of_tensors
+
+
+class _LoraSwiglu(Function):
+    """`down(silu(gate(x)) * up(x))`; keeps gate(x) and up(x) and makes their product again in the backward pass."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, scalings: tuple[float, ...], *tensors: Any) -> Tensor:
+        gate, up, down = _unflatten(tensors, scalings)
+        (g, z_gate), (u, z_up) = _project(x, gate), _project(x, up)
+        y, z_down = _project(silu(g).mul_(u), down)
+        ctx.save_for_backward(x, g, u, z_gate, z_up, z_down, *tensors)
+        ctx.scalings = scalings
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, /, *grads: Tensor) -> Any:  # type: ignore[override]
+        x, g, u, z_gate, z_up, z_down, *tensors = ctx.saved_tensors
+        gate, up, down = _unflatten(tensors, ctx.scalings)
+        activated = silu(g)
+        grad_h, of_down = _project_backward(activated * u, down, z_down, grads[0], None, True)
+        assert grad_h is not None
+        grad_u = activated.mul_(grad_h)
+        grad_g = torch.ops.aten.silu_backward(grad_h.mul_(u), g)
+        needs_input = ctx.needs_input_grad[0]
+        grad_x, of_gate = _project_backward(x, gate, z_gate, grad_g, None, needs_input)
+        grad_x, of_up = _project_backward(x, up, z_up, grad_u, grad_x, needs_input)
+        return grad_x, None, *of_gate, *of_up, *of_down
+
+
+def _apply(
+    function: type[Function], x: Tensor, projections: Sequence[Projection], rates: Sequence[float]
+) -> Any:
+    drawn = [each.with_dropout(len(x), rate) for each, rate in zip(projections, rates, strict=True)]
+    return function.apply(
+        x, tuple(each.scaling for each in drawn), *(t for each in drawn for t in each.tensors)
+    )
+
+
+def lora_linear(x: Tensor, projections: Sequence[Projection], rates: Sequence[float]) -> tuple[Tensor, ...]:
+    """Return each projection of x (..., in) as (..., out); the dropout `rates` act on what the adapters see."""
+    outputs = _apply(_LoraLinear, x.reshape(-1, x.shape[-1]), projections, rates)
+    return tuple(output.view(*x.shape[:-1], output.shape[-1]) for output in outputs)
+
+
+def lora_swiglu(x: Tensor, projections: Sequence[Projection], rates: Sequence[float]) -> Tensor:
+    """Return `down(silu(gate(x)) * up(x))` of x (..., in), with the projections gate, up and down."""
+    output = _apply(_LoraSwiglu, x.reshape(-1, x.shape[-1]), projections, rates)
+    return output.view(*x.shape[:-1], output.shape[-1])
+
+
+class _RmsNorm(Function):
+    """RMS norm with a frozen weight, in float32 inside; keeps x and one number a row."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
+        wide = x.float()
+        inverse = torch.rsqrt(wide.square().mean(-1, keepdim=True).add_(epsilon))
+        ctx.save_for_backward(x, weight, inverse)
+        return (wide * inverse).to(x.dtype).mul_(weight)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, /, *grads: Tensor) -> Any:  # type: ignore[override]
+        x, weight, inverse = ctx.saved_tensors
+        normal = x * inverse  # float32
+        grad = (grads[0] * weight).float()
+        along = (grad * normal).mean(-1, keepdim=True)
+        return grad.addcmul_(normal, along, value=-1).mul_(inverse).to(x.dtype), None, None
+
+
+def rms_norm(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
+    """Return x / rms(x) * weight over the last dimension; `weight` gets no gradient."""
+    output: Any = _RmsNorm.apply(x, weight, epsilon)
+    return output
+
+
+def attend_by_products(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, scaling: float) -> Tensor:
+    """Return attention (batch, heads, seq, width) by two batched products, with fewer heads in k and v allowed.
+
+    For short sequences on CPUs, where torch's blockwise kernel reaches half of this rate in bf16; it keeps
+    (batch, heads, seq, seq). `bias` (batch or 1, seq, seq), -inf where nobody looks, has q's type.
+    """
+    batch, heads, length, width = q.shape
+    groups = heads // k.shape[1]
+    queries = q.reshape(batch * k.shape[1], groups * length, width)
+    bias = bias[:, None, None].expand(batch, k.shape[1], groups, length, length)
+    scores = torch.baddbmm(
+        bias.reshape(len(queries), groups * length, length),
+        queries,
+        k.reshape(len(queries), length, width).transpose(1, 2),
+        alpha=scaling,
+    )
+    mixed = torch.bmm(torch.softmax(scores, -1), v.reshape(len(queries), length, width))
+    return mixed.view(batch, heads, length, width)

@@ -1,0 +1,140 @@
+"""One optimizer step under a real engine: what the frozen tower keeps, and who learns at which rate."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch.autograd.graph import saved_tensors_hooks
+
+from tests.ranks import run_ranks
+from tests.training.runs import TIMEOUT, write_recipe
+
+pytestmark = pytest.mark.dist
+
+
+def state_of(recipe: str, *overrides: str) -> Any:
+    """One rank: everything up to the first step."""
+    from qwenvl_dist.config import load_recipe
+    from qwenvl_dist.distributed import HostGroup, Topology, start
+    from qwenvl_dist.model.load import resolve_base
+    from qwenvl_dist.training.run import assemble
+
+    loaded = load_recipe(recipe, overrides)
+    accelerator = start(loaded)
+    return assemble(
+        loaded, accelerator, Topology.from_environment(), HostGroup(60), resolve_base(loaded.model.base)
+    )
+
+
+def one_step(state: Any, rate: float) -> None:
+    from qwenvl_dist.training.step import train_step
+
+    batches = next(state.batches.iterate())
+    tokens, samples = state.host.sum(sum(b.target_tokens for b in batches), sum(len(b.keys) for b in batches))
+    train_step(state, batches, rate, tokens, samples)
+
+
+def run_tower_check(recipe: str) -> None:
+    """One rank: steps under each checkpointing mode; nothing of the frozen tower is kept, nor is it run twice."""
+    from qwenvl_dist.model.lora import set_activation_checkpointing
+
+    state = state_of(recipe)
+    base = state.engine.module.get_base_model()
+    base.enable_input_require_grads()  # as libraries do
+    inside: list[bool] = []
+    saved: list[bool] = []
+    outputs: list[bool] = []
+
+    def leave(_module: Any, _inputs: Any, output: Any) -> None:
+        outputs.append(output.pooler_output.requires_grad)
+        inside.clear()
+
+    def note(tensor: torch.Tensor) -> torch.Tensor:
+        saved.append(bool(inside))
+        return tensor
+
+    base.model.visual.register_forward_pre_hook(lambda *_: inside.append(True))
+    base.model.visual.register_forward_hook(leave)
+    state.engine.train()
+    for every in (0, 2, 1):
+        set_activation_checkpointing(base, every)
+        with saved_tensors_hooks(note, lambda tensor: tensor):
+            one_step(state, 1e-3)
+    assert saved and not any(saved)
+    assert outputs == [False] * 3 * state.recipe.train.grad_accum_steps
+    state.accelerator.end_training()
+
+
+@pytest.mark.parametrize("stage", [2, 3])
+@pytest.mark.parametrize("fast", ["true", "false"])
+def test_the_frozen_tower_keeps_nothing_under_zero(
+    tmp_path: Path, scenes_base: Path, scene_shards: Path, stage: int, fast: str
+) -> None:
+    recipe = write_recipe(
+        tmp_path / "recipe.yaml",
+        scenes_base,
+        scene_shards,
+        tmp_path / "run",
+        stage,
+        model={"fast_path": fast == "true"},
+        train={"grad_accum_steps": 2},
+        data={"workers": 0},
+    )
+    run_ranks("tests.training.test_step:run_tower_check", 2, timeout=TIMEOUT, recipe=str(recipe))
+
+
+def run_rates_check(recipe: str) -> None:
+    """One rank: Adam's first step moves each element by its learning rate, or not at all."""
+    from deepspeed.utils import safe_get_full_fp32_param
+
+    from qwenvl_dist.model.lora import part_of, trainable_parameters
+
+    state = state_of(recipe)
+    trained = trainable_parameters(state.engine.module)
+
+    def values() -> dict[str, torch.Tensor]:
+        found = {name: safe_get_full_fp32_param(parameter) for name, parameter in trained.items()}
+        return {name: tensor.clone() for name, tensor in found.items() if tensor is not None}
+
+    state.engine.train()
+    before = values()
+    one_step(state, 1e-3)
+    largest: dict[str, float] = {}
+    for name, tensor in values().items():
+        part = part_of(name)
+        largest[part] = max(largest.get(part, 0.0), float((tensor - before[name]).abs().max()))
+    # The schedule's rate of this step is a tenth of the peak.
+    assert largest == pytest.approx({"vision": 2e-5, "merger": 3e-4, "language": 1e-3}, rel=0.02)
+    state.accelerator.end_training()
+
+
+@pytest.mark.parametrize("stage", [2, 3])
+def test_each_part_learns_at_its_own_rate(
+    tmp_path: Path, scenes_base: Path, scene_shards: Path, stage: int
+) -> None:
+    recipe = write_recipe(
+        tmp_path / "recipe.yaml",
+        scenes_base,
+        scene_shards,
+        tmp_path / "run",
+        stage,
+        model={"train": ["vision", "merger"]},
+        optim={"learning_rate": 1e-2, "learning_rates": {"vision": 2e-4, "merger": 3e-3}},
+        train={"grad_accum_steps": 1},
+        data={"workers": 0},
+    )
+    run_ranks("tests.training.test_step:run_rates_check", 1, timeout=TIMEOUT, recipe=str(recipe))
+
+
+def run_refusal(recipe: str) -> None:
+    """One rank: a rate for what does not train."""
+    from qwenvl_dist.errors import UserError
+
+    with pytest.raises(UserError, match=r"^optim.learning_rates names 'vision', of which nothing trains"):
+        state_of(recipe, "optim.learning_rates={vision: 1e-5}")
+
+
+def test_a_rate_for_a_frozen_part_is_refused(tmp_path: Path, scenes_base: Path, scene_shards: Path) -> None:
+    recipe = write_recipe(tmp_path / "recipe.yaml", scenes_base, scene_shards, tmp_path / "run")
+    run_ranks("tests.training.test_step:run_refusal", 1, timeout=TIMEOUT, recipe=str(recipe))
