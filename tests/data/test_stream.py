@@ -197,7 +197,7 @@ def test_memory_and_open_files_stay_the_same_over_an_epoch(tmp_path: Path, encod
             resident.append(resident_bytes())
             files.append(sum(1 for _ in Path("/proc/self/fd").iterdir()))
     assert seen == 3000 and len(resident) == 6
-    assert max(resident) - resident[1] < 2 << 20, resident
+    assert max(resident[1:]) - resident[1] < 2 << 20, resident  # the first may yet shrink
     assert max(files) - min(files) <= 2 * window, files
 
 
