@@ -16,12 +16,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from qwenvl_dist.bench.flops import StepWork, step_work
 from qwenvl_dist.bench.trainer import TrainerProcess, trainer_inputs
 from qwenvl_dist.config import Recipe
-from qwenvl_dist.data.batch import CaptionBatch
+from qwenvl_dist.data.batch import CaptionBatch, Example, collate
+from qwenvl_dist.data.chat import IGNORE, EncodedChat
 from qwenvl_dist.data.formats import read_coco_captions
 from qwenvl_dist.data.pack import pack
 from qwenvl_dist.distributed import HostGroup, Topology, start
@@ -50,6 +52,9 @@ class Turns:
     trainer_seconds: list[float] = field(default_factory=list)
     trainer_losses: list[float] = field(default_factory=list)
     samples: list[int] = field(default_factory=list)
+    captions: list[int] = field(default_factory=list)
+    separate_seconds: list[float] = field(default_factory=list)
+    separate_losses: list[float] = field(default_factory=list)
     gflop: list[float] = field(default_factory=list)
 
 
@@ -152,11 +157,40 @@ def take_turn(
         turns.shares.append(work.flops / 1e9 / turns.rates[-1] / seconds[-1])
         turns.samples.append(len(batch.keys))
         turns.gflop.append(work.flops / 1e9)
+        if batch.segments is not None:
+            chat = state.batches.encoder.chat
+            alone = separate_captions(batch, chat.pad_token, chat.image_token)
+            turns.captions.append(len(alone.input_ids))
+            started = time.perf_counter()
+            turns.separate_losses.append(one_step(state, alone))
+            turns.separate_seconds.append(time.perf_counter() - started)
     turns.step_seconds += seconds
     if trainer:
         theirs, losses = trainer.run(steps)
         turns.trainer_seconds += theirs
         turns.trainer_losses += losses
+
+
+def separate_captions(batch: CaptionBatch, pad_token: int, image_token: int) -> CaptionBatch:
+    """Return the batch with each caption of a shared prefix as a row of its own; every row has one picture."""
+    assert batch.segments is not None
+    rows: list[Example] = []
+    values = batch.pixels.numel() // sum(t * h * w for t, h, w in batch.grids)  # of a patch
+    start = 0
+    for number, (segments, grid) in enumerate(zip(batch.segments.numpy(), batch.grids, strict=True)):
+        end = start + grid[0] * grid[1] * grid[2] * values
+        pixels, start = batch.pixels[start:end].numpy(), end
+        labels = batch.labels[number].numpy()
+        used = np.flatnonzero(labels != IGNORE)[-1] + 1
+        for segment in range(1, segments.max() + 1):
+            mine = np.flatnonzero(np.isin(segments[:used], (0, segment)))
+            chat = EncodedChat(
+                batch.input_ids[number].numpy()[mine],
+                labels[mine],
+                batch.position_ids[:, number].numpy()[:, mine],
+            )
+            rows.append(Example(f"{number}-{segment}", chat, (grid,), pixels))
+    return collate(rows, rows[0], pad_token, image_token)
 
 
 def work_of(state: TrainState, batch: CaptionBatch) -> StepWork:
@@ -231,5 +265,13 @@ def report(
             trainer_loss=statistics.fmean(turns.trainer_losses),
             losses=turns.losses,
             trainer_losses=turns.trainer_losses,
+        )
+    if turns.separate_seconds:
+        shared = zip(turns.separate_seconds, turns.step_seconds, strict=True)
+        result.update(
+            captions_per_second=sum(turns.captions) / sum(turns.step_seconds),
+            separate_captions_per_second=sum(turns.captions) / sum(turns.separate_seconds),
+            ratio_to_separate=median(separate / ours for separate, ours in shared),
+            separate_loss=statistics.fmean(turns.separate_losses),
         )
     return result

@@ -100,6 +100,12 @@ def _add_step(kinds: argparse._SubParsersAction) -> None:
     step.add_argument("--image-size", type=int, default=280, metavar="SIDE", help="pixels (default: 280)")
     step.add_argument("--compare", choices=("trainer",), help="alternate with a transformers Trainer")
     step.add_argument(
+        "--captions",
+        choices=("join", "each"),
+        default="join",
+        help="as in data.captions_mode; each is measured beside separate samples (default: join)",
+    )
+    step.add_argument(
         "--checkpointing",
         default="",
         metavar="MODES",
@@ -125,6 +131,8 @@ def run_step(args: argparse.Namespace) -> int:
     for name in ("photos", "batch_size", "steps"):
         if getattr(args, name) < 1:
             raise UserError(f"--{name.replace('_', '-')} {getattr(args, name)}: must be at least 1")
+    if args.captions == "each" and args.compare:
+        raise UserError("--compare trainer takes joined captions; leave out --captions each, or --compare")
     modes = [mode for mode in args.checkpointing.split(",") if mode]
     with tempfile.TemporaryDirectory() as scratch:
         shards = args.shards or Path(scratch) / "shards"
@@ -135,6 +143,7 @@ def run_step(args: argparse.Namespace) -> int:
                     "train": str(shards),
                     "image_size": args.image_size,
                     "micro_batch_size": args.batch_size,
+                    "captions_mode": args.captions,
                 },
                 "train": {"grad_accum_steps": 1, "epochs": 1_000_000, "output_dir": scratch},
                 "tracking": {"mode": "disabled"},

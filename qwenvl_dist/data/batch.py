@@ -54,13 +54,12 @@ class CaptionBatch:
         Tensor  # (targets,) int64 into the flattened (batch * seq): where the next token is learned
     )
     target_ids: Tensor  # (targets,) int64: that next token
-    segments: (
-        Tensor | None
-    )  # (batch, seq) int64: 0 for the prefix and padding, k for the k-th answer; None without any
     grids: tuple[Grid, ...]  # image_grid_thw on the host
     keys: tuple[str, ...]  # real samples only
     bad: tuple[BadSampleRecord, ...]
     positions: tuple[int, ...]  # of the run, one a slot, dummies past the end of the run too
+    # (batch, seq) int64: 0 for the prefix and padding, k for the k-th answer; None where no row has several
+    segments: Tensor | None = None
 
     @property
     def target_tokens(self) -> int:
