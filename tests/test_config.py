@@ -213,7 +213,8 @@ def test_defaults_are_the_articles_run(tmp_path: Path) -> None:
         "q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj",
     )  # fmt: skip
     assert recipe.to_dict()["data"] == {
-        "train": "shards", "validation": None, "image_size": 280, "resize": "fast", "max_length": 8192,
+        "train": "shards", "validation": None, "image_size": 280, "resize": "fast",
+            "captions_mode": "join", "caption_mark": "&&", "max_length": 8192,
         "micro_batch_size": 4, "workers": 2, "seed": 0, "shuffle_window": 64,
         "length_grouping": True, "ledger": False, "bad_sample_budget": 0.001,
         "cache_dir": None, "cache_gib": 100.0, "read_timeout_seconds": 60.0, "read_retries": 5,
