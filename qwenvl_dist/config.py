@@ -68,12 +68,30 @@ class ModelConfig(_Section):
 
 
 class LoraConfig(_Section):
-    """The adapter, in peft's terms; scaling is alpha / rank."""
+    """The adapter, in peft's terms; scaling is alpha / rank, with rsLoRA alpha / sqrt(rank)."""
 
     rank: Annotated[int, Field(ge=1)] = 8
     alpha: Annotated[float, Field(gt=0)] = 16
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.1
     target_modules: Annotated[tuple[str, ...], _List] = PROJECTIONS
+    use_rslora: bool = False
+    use_dora: bool = False  # also a trained length for each row of the weight
+    # Of single modules: a regular expression for the end of the name, such as `layers.[0-3].self_attn.q_proj`.
+    rank_pattern: dict[str, Annotated[int, Field(ge=1)]] = {}
+    alpha_pattern: dict[str, Annotated[float, Field(gt=0)]] = {}
+    modules_to_save: Annotated[tuple[str, ...], _List] = ()  # train as whole copies that the adapter holds
+
+    @field_validator("rank_pattern", "alpha_pattern")
+    @classmethod
+    def _regular_expressions(cls, value: dict[str, Any]) -> dict[str, Any]:
+        for pattern in value:
+            try:
+                re.compile(pattern)
+            except re.error as error:
+                raise ValueError(
+                    f"holds {pattern!r}, which is no regular expression ({error}); correct it"
+                ) from None
+        return value
 
     @field_validator("target_modules")
     @classmethod
@@ -157,6 +175,9 @@ class OptimConfig(_Section):
     learning_rate: Annotated[float, Field(gt=0)] = 1e-4
     # Of single parts of the model, adapters on them included; the others take learning_rate.
     learning_rates: dict[Literal["vision", "merger", "language", "head"], Annotated[float, Field(gt=0)]] = {}
+    lora_plus_ratio: Annotated[float, Field(gt=0)] | None = (
+        None  # rate of every lora_B over that of its lora_A
+    )
     warmup_ratio: Annotated[float, Field(ge=0, le=1)] = 0.03  # share of all steps
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
     weight_decay: Annotated[float, Field(ge=0)] = 0.0  # never on biases and norms
@@ -227,6 +248,11 @@ class Recipe(_Section):
             raise ValueError(
                 "nothing would train: lora is null and model.train is empty; "
                 f"name parts of {', '.join(TRAINABLE_PARTS)} in model.train, or give a lora section"
+            )
+        if self.lora is None and self.optim.lora_plus_ratio is not None:
+            raise ValueError(
+                f"optim.lora_plus_ratio is {self.optim.lora_plus_ratio:g}, but lora is null: there is no lora_B to "
+                "train at another rate; drop the ratio, or give a lora section"
             )
         if self.lora is not None and "language" in self.model.train:
             raise ValueError(

@@ -41,6 +41,12 @@ FAULTS = {
     "lora: {rank: '8'}": 'lora.rank = "8": must be a whole number; or leave rank out for 8',
     "lora: {dropout: 1.0}": "lora.dropout = 1.0: must be below 1; or leave dropout out for 0.1",
     "lora: {target_modules: q_proj}": 'lora.target_modules = "q_proj": must be a list, such as [a, b]; or leave',
+    "lora: {rank_pattern: {q_proj: 0}}": "lora.rank_pattern.q_proj = 0: must be at least 1",
+    "lora: {rank_pattern: {'q_(proj': 2}}": "holds 'q_(proj', which is no regular expression",
+    "lora: {alpha_pattern: [8]}": "lora.alpha_pattern = [8]: ",
+    "lora: {use_dora: 1}": "lora.use_dora = 1: must be true or false",
+    "lora: {modules_to_save: merger}": 'lora.modules_to_save = "merger": must be a list, such as [a, b]',
+    "optim: {lora_plus_ratio: 0}": "optim.lora_plus_ratio = 0: must be above 0",
     "lora: {target_modules: []}": "lora.target_modules = []: must name at least one module; to train without",
     "lora: 3": "lora = 3: must be a section, with keys and values below it",
     "model: x": 'model = "x": must be a section, with keys and values below it',
@@ -112,6 +118,8 @@ def test_further_faults_are_counted(tmp_path: Path) -> None:
 def test_contradictory_sections_are_refused_with_both_sides_named(tmp_path: Path) -> None:
     nothing = error_of(tmp_path, DATA + "lora: null\n")
     assert "nothing would train: lora is null and model.train is empty; name parts of vision" in nothing
+    ratio = error_of(tmp_path, DATA + "lora: null\nmodel: {train: [merger]}\noptim: {lora_plus_ratio: 16}\n")
+    assert "optim.lora_plus_ratio is 16, but lora is null" in ratio and "drop the ratio" in ratio
     both = error_of(tmp_path, DATA + "model: {train: [language]}\n")
     assert "model.train names `language` while lora is on" in both and "write `lora: null`" in both
 

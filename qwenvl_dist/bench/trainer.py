@@ -85,6 +85,9 @@ def _run(pipe: Connection, base: str, recipe: dict[str, Any], inputs: str, steps
     import torch
     import transformers
 
+    from qwenvl_dist.config import LoraConfig
+    from qwenvl_dist.model.lora import peft_config
+
     transformers.utils.logging.disable_progress_bar()
     torch.set_num_threads(threads)
     batches: Sequence[dict[str, Any]] = torch.load(inputs)
@@ -95,13 +98,7 @@ def _run(pipe: Connection, base: str, recipe: dict[str, Any], inputs: str, steps
     model.enable_input_require_grads()
     model = peft.get_peft_model(
         model,
-        peft.LoraConfig(
-            task_type="CAUSAL_LM",
-            r=lora["rank"],
-            lora_alpha=lora["alpha"],
-            lora_dropout=lora["dropout"],
-            target_modules=list(lora["target_modules"]),
-        ),
+        peft_config(LoraConfig.model_validate(lora), task_type="CAUSAL_LM"),
     )
     callback = _turns(pipe)
     with tempfile.TemporaryDirectory() as folder:

@@ -2,7 +2,8 @@
 
     merged = round(W + scaling * lora_B @ lora_A)
 
-in float32 with one rounding to the output's type. W is the base's weight, or the one trained in its place.
+in float32 with one rounding to the output's type. W is the base's weight, or the one trained in its place. With DoRA
+each row of the sum is scaled to its magnitude before the rounding.
 """
 
 import os
@@ -15,10 +16,10 @@ import numpy as np
 import torch
 
 from qwenvl_dist.errors import UserError
-from qwenvl_dist.merge.adapter import LoraDelta
-from qwenvl_dist.merge.trained import Trained, TrainedParameter
+from qwenvl_dist.merge.adapter import LoraConfig, LoraDelta, TrainedParameter
+from qwenvl_dist.merge.trained import Trained
 from qwenvl_dist.model.base_folder import BaseFolder, TensorEntry
-from qwenvl_dist.model.names import EMBEDDING, LM_HEAD, runtime_name
+from qwenvl_dist.model.names import EMBEDDING, LM_HEAD, hub_name, runtime_name
 
 TORCH_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 BLOCK_ELEMENTS = 1 << 18  # 1 MiB in float32: a block stays in the cache through all its operations
@@ -105,9 +106,9 @@ def make_plan(base: BaseFolder, trained: Trained, dtype: str | None) -> dict[str
 def _tie(base: BaseFolder, by_tensor: dict[str, LoraDelta], parameters: dict[str, TrainedParameter]) -> None:
     """Let head and embedding of a tied base stay one, whichever name it was trained under."""
     for tied in (LM_HEAD, EMBEDDING):
-        if tied in by_tensor:
+        if tied in by_tensor or (tied in parameters and parameters[tied].in_adapter):
             raise UserError(
-                f"the adapter targets {tied}, which {base.path} ties to the other end of the model: "
+                f"the adapter trains {tied}, which {base.path} ties to the other end of the model: "
                 "merging it would change both; untie the base first, or use the adapter as it is"
             )
     if LM_HEAD in parameters and EMBEDDING in parameters:
@@ -121,11 +122,14 @@ def _tie(base: BaseFolder, by_tensor: dict[str, LoraDelta], parameters: dict[str
 
 
 def _check_complete(base: BaseFolder, trained: Trained) -> None:
-    """Refuse an adapter that lacks a module which its config targets (peft's rule: the name or its end)."""
-    config = trained.adapter_config or {}
-    targets = config.get("target_modules")
-    modules = {name.removesuffix(".weight") for name in base.by_runtime_name if name.endswith(".weight")}
-    restricted = config.get("layers_to_transform") is not None or bool(config.get("exclude_modules"))
+    """Refuse an adapter that lacks what its config names (peft's rule for targets: the name or its end)."""
+    if trained.adapter_config is None:
+        return
+    config = LoraConfig(trained.adapter_config, trained.source)
+    targets = config.raw.get("target_modules")
+    weights = {name.removesuffix(".weight") for name in base.by_runtime_name if name.endswith(".weight")}
+    modules = {module for module in weights if not config.excludes(module)}
+    restricted = config.raw.get("layers_to_transform") is not None
     if isinstance(targets, str):
         due = {target: {m for m in modules if _fullmatch(targets, m)} for target in [targets]}
         due = {} if targets == "all-linear" else due
@@ -141,12 +145,20 @@ def _check_complete(base: BaseFolder, trained: Trained) -> None:
                 f"{trained.source}: its config targets {target}, but {len(missing)} of {len(expected)} "
                 f"modules, such as {missing[0]}, have no adapter tensors: the checkpoint is incomplete"
             )
+    copies = {name for name, parameter in trained.parameters.items() if parameter.in_adapter}
+    saved = {name for name in base.by_runtime_name if config.saves(name)}
+    found = {end for name in copies for end in config.saves(name)}
+    for name in sorted((saved - copies) or set(config.raw.get("modules_to_save") or ()) - found):
+        raise UserError(
+            f"{trained.source}: modules_to_save names {name}, of which it has no tensors: it is incomplete"
+        )
+    for name in sorted(copies - saved - {f"{module}.weight" for module in trained.deltas}):
+        raise UserError(f"{trained.source}: {name} is a copy that modules_to_save does not name")
 
 
 def _fullmatch(pattern: str, module: str) -> bool:
     """Match as peft does, whatever name the pattern was written for."""
-    hub = module.replace("model.language_model.", "model.").replace("model.visual.", "visual.")
-    return any(re.fullmatch(pattern, name) for name in (module, hub))
+    return any(re.fullmatch(pattern, name) for name in (module, hub_name(module)))
 
 
 def row_blocks(plan: TensorPlan) -> Iterator[tuple[int, int]]:
@@ -187,7 +199,16 @@ def merged_rows(plan: TensorPlan, base_rows: torch.Tensor | None, begin: int, en
         weight = base_rows.to(torch.float32, copy=True)
     if plan.delta is None:
         return weight
-    return weight.addmm_(plan.delta.lora_b[begin:end], plan.delta.lora_a, alpha=plan.delta.scaling)
+    weight.addmm_(plan.delta.lora_b[begin:end], plan.delta.lora_a, alpha=plan.delta.scaling)
+    if plan.delta.magnitude is not None:
+        weight.mul_(dora_factor(weight, plan.delta.magnitude[begin:end]).to(torch.float32))
+    return weight
+
+
+def dora_factor(rows: torch.Tensor, magnitude: torch.Tensor) -> torch.Tensor:
+    """Return (rows, 1) float64: what gives each row the length in `magnitude`, as peft's DoraLinearVariant merges."""
+    norms = torch.linalg.vector_norm(rows, dim=1, keepdim=True, dtype=torch.float64)
+    return magnitude.double()[:, None] / norms
 
 
 def round_rows(plan: TensorPlan, rows: torch.Tensor) -> torch.Tensor:

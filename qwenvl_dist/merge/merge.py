@@ -133,12 +133,13 @@ def write_adapter(trained: Trained, out: Path) -> None:
         raise UserError(
             f"{trained.source} holds no adapter: it trained the base's own parameters; use --out alone"
         )
-    if trained.parameters:
+    of_base = [name for name, parameter in trained.parameters.items() if not parameter.in_adapter]
+    if of_base:
         raise UserError(
-            f"{trained.source} also trained {len(trained.parameters)} parameters of the base, such as "
-            f"{next(iter(trained.parameters))}, which an adapter folder cannot hold; use --out alone"
+            f"{trained.source} also trained {len(of_base)} parameters of the base, such as "
+            f"{of_base[0]}, which an adapter folder cannot hold; use --out alone"
         )
-    write_peft_folder(out, trained.adapter_config, trained.deltas)
+    write_peft_folder(out, trained.adapter_config, trained.deltas, trained.parameters)
     if trained.processor:  # pictures must keep the size they were trained at
         shutil.copytree(trained.processor, out / "processor")
 
@@ -189,7 +190,8 @@ def _write_tensor(
     if plan.copied:
         writer.copy(source, plan.entry.begin, offset, plan.entry.nbytes)
         return None
-    changed, squared = 0, 0.0
+    changed, squared, moved = 0, 0.0, 0.0
+    is_dora = plan.delta is not None and plan.delta.magnitude is not None
     for begin, end in row_blocks(plan):
         base_rows = read_rows(source, plan.entry, plan.columns, begin, end)
         rows = round_rows(plan, merged_rows(plan, base_rows, begin, end))
@@ -198,13 +200,16 @@ def _write_tensor(
         if plan.merged:
             changed += count_changed(base_rows, rows)
             squared += sum_of_squares(base_rows)
+        if is_dora:  # LoRA's own change needs no pass over the weight
+            moved += sum_of_squares(rows.float() - base_rows.float())
     if not plan.merged:
         return None
     line: dict[str, Any] = {"name": plan.name, "shape": list(plan.entry.shape)}
     if plan.delta is not None:
         line["rank"] = plan.delta.lora_a.shape[0]
         line["scaling"] = plan.delta.scaling
-        line["relative_delta"] = plan.delta.norm() / squared**0.5 if squared else None
+        norm = moved**0.5 if is_dora else plan.delta.norm()
+        line["relative_delta"] = norm / squared**0.5 if squared else None
     line["changed"] = changed / max(1, plan.rows * plan.columns)
     return line
 

@@ -1,11 +1,10 @@
-"""Find a checkpoint and say what training left in it: LoRA deltas, and base parameters trained as such."""
+"""Find a checkpoint and say what training left in it: LoRA deltas, and parameters trained as a whole."""
 
 import re
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
-
-import torch
 
 from qwenvl_dist.checkpoints.manifest import MANIFEST, InvalidCheckpoint, verify
 from qwenvl_dist.checkpoints.zero import ZeroCheckpoint, is_zero_checkpoint
@@ -15,31 +14,15 @@ from qwenvl_dist.merge.adapter import (
     ADAPTER_WEIGHTS,
     LoraConfig,
     LoraDelta,
+    TrainedParameter,
     pair_up,
     read_config,
     read_peft_folder,
     split_name,
 )
-from qwenvl_dist.model.names import runtime_name
+from qwenvl_dist.model.names import SAVED_COPY, runtime_name
 
 _STEP_FOLDER = re.compile(r"step-(\d+)")
-
-
-@dataclass(frozen=True)
-class TrainedParameter:
-    """A base parameter that was trained itself; its float32 masters stay in the checkpoint until read."""
-
-    checkpoint: ZeroCheckpoint
-    name: str  # in the checkpoint
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """Shape of the whole parameter."""
-        return tuple(self.checkpoint.shapes[self.name])
-
-    def elements(self, start: int, count: int) -> torch.Tensor:
-        """Return a stretch of the flattened parameter in float32."""
-        return self.checkpoint.fp32_elements(self.name, start, count)
 
 
 @dataclass(frozen=True)
@@ -92,7 +75,8 @@ def read_trained(folder: Path) -> Trained:
     if not is_zero_checkpoint(folder):
         if not (folder / ADAPTER_WEIGHTS).is_file():
             raise UserError(f"{folder} holds neither ZeRO partitions nor {ADAPTER_WEIGHTS}")
-        return Trained(deltas=read_peft_folder(folder), adapter_config=read_config(folder), **common)
+        deltas, saved = read_peft_folder(folder)
+        return Trained(deltas=deltas, parameters=saved, adapter_config=read_config(folder), **common)
 
     checkpoint = ZeroCheckpoint(folder)
     adapter_names = [name for name in checkpoint.shapes if split_name(name)]
@@ -102,7 +86,9 @@ def read_trained(folder: Path) -> Trained:
             continue
         if runtime_name(name) in parameters:
             raise UserError(f"{folder}: {name} was trained under two names")
-        parameters[runtime_name(name)] = TrainedParameter(checkpoint, name)
+        parameters[runtime_name(name)] = TrainedParameter(
+            tuple(checkpoint.shapes[name]), partial(checkpoint.fp32_elements, name), SAVED_COPY in name
+        )
     config = read_config(folder) or read_config(checkpoint.folder.parent)
     if not adapter_names:
         if config:

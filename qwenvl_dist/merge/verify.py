@@ -12,6 +12,7 @@ from qwenvl_dist.errors import CheckFailed
 from qwenvl_dist.merge.apply_lora import (
     TORCH_DTYPES,
     TensorPlan,
+    dora_factor,
     merged_rows,
     read_rows,
     round_rows,
@@ -107,9 +108,14 @@ def _compare_float64(plan: TensorPlan, base_rows: torch.Tensor, found: torch.Ten
     scaling = plan.delta.scaling
     exact = weight + scaling * (b @ a)
     terms = weight.abs() + abs(scaling) * (b.abs() @ a.abs())
-    finfo = torch.finfo(TORCH_DTYPES[plan.dtype])
-    rounding = finfo.eps / 2 * exact.abs() + finfo.smallest_normal * finfo.eps
-    bound = rounding * 1.01 + (a.shape[0] + 3) * torch.finfo(torch.float32).eps * terms
+    finfo, eps = torch.finfo(TORCH_DTYPES[plan.dtype]), torch.finfo(torch.float32).eps
+    bound = (a.shape[0] + 3) * eps * terms
+    if plan.delta.magnitude is not None:  # an error of the sum also changes its row's norm
+        factor = dora_factor(exact, plan.delta.magnitude[:end])
+        norms = exact.norm(dim=1, keepdim=True)
+        bound = factor.abs() * (bound + exact.abs() * (bound.norm(dim=1, keepdim=True) / norms + 2 * eps))
+        exact = exact * factor
+    bound += (finfo.eps / 2 * exact.abs() + finfo.smallest_normal * finfo.eps) * 1.01
     worst = ((found.double() - exact).abs() - bound).max().item()
     if not worst <= 0:
         raise CheckFailed(

@@ -41,7 +41,8 @@ SHORT_SEQUENCE = 1024
 
 def install(model: Any, partitioned: bool) -> None:
     """Exchange what can be exchanged in a model ready to train; `partitioned` says that ZeRO-3 holds its weights."""
-    model.lm_head.__class__ = TargetLossHead
+    if type(model.lm_head) is nn.Linear:  # else an adapter or a trained copy is around it
+        model.lm_head.__class__ = TargetLossHead
     visual, language = model.model.visual, model.model.language_model
     frozen = not any(parameter.requires_grad for parameter in visual.parameters())
     adapted = any("lora_" in name for name, _ in visual.named_parameters())

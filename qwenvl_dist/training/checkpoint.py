@@ -301,10 +301,15 @@ def require_same_adapter(written: dict[str, Any] | None, lora: LoraConfig | None
     """Raise UserError when the adapter has another shape or scaling than the checkpoint's."""
     if written is None or lora is None:
         return  # the names of the trained tensors tell
-    for key in ("rank", "alpha"):
-        if written[key] != getattr(lora, key):
+    fields, wanted = type(lora).model_fields, lora.model_dump(mode="json")
+    for key in wanted.keys() - {
+        "dropout",
+        "target_modules",
+    }:  # the names of the trained tensors tell the targets
+        before = written.get(key, fields[key].get_default())
+        if wanted[key] != (list(before) if isinstance(before, tuple) else before):
             raise UserError(
-                f"lora.{key} = {getattr(lora, key)}: the checkpoint {folder} was trained with {written[key]}; "
+                f"lora.{key} = {wanted[key]}: the checkpoint {folder} was trained with {before}; "
                 "set it back, or start another run in another train.output_dir"
             )
 

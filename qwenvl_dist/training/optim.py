@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 def make_optimizer(
     model: torch.nn.Module, config: OptimConfig, deepspeed: dict[str, Any]
 ) -> torch.optim.Optimizer:
-    """Return AdamW over what trains; weight decay skips vectors (biases, norms).
+    """Return AdamW over what trains; weight decay skips vectors (biases, norms, DoRA's magnitudes).
 
     A group's `rate_factor` is its share of the learning rate that the schedule gives. With the optimizer offloaded to
     the host, DeepSpeed's vectorised CPU Adam takes its place.
@@ -37,6 +37,8 @@ def make_optimizer(
         # Under ZeRO-3 a parameter's own shape is empty while it is partitioned; ds_shape keeps the real one.
         is_matrix = len(getattr(parameter, "ds_shape", parameter.shape)) > 1
         rate = rates.get(part_of(name), config.learning_rate)
+        if config.lora_plus_ratio is not None and ".lora_B." in name:
+            rate *= config.lora_plus_ratio  # LoRA+, arXiv:2402.12354
         grouped.setdefault((rate, config.weight_decay if is_matrix else 0.0), []).append(parameter)
     groups = [
         {"params": group, "lr": rate, "rate_factor": rate / config.learning_rate, "weight_decay": decay}
