@@ -76,7 +76,7 @@ def _timed(x: torch.Tensor, weight: torch.Tensor, backward: bool) -> float:
 
 
 def step_work(config: Any, batch: CaptionBatch, rank: int, target_modules: Iterable[str]) -> StepWork:
-    """Return what `batch` takes with a frozen base, an adapter of `rank` on `target_modules` and a frozen tower, if any."""
+    """Return what `batch` takes with a frozen base and tower and an adapter of `rank` on `target_modules`."""
     vision, text = config.vision_config, config.text_config
     products: Counter[Product] = Counter()
     other = 0
