@@ -10,6 +10,8 @@ import json
 import os
 import socket
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -192,6 +194,19 @@ def start(recipe: Recipe) -> Accelerator:
             f"torch {formed[1]}, type {accelerator.distributed_type}; launch with a file of launch/accelerate/"
         )
     return accelerator
+
+
+@contextmanager
+def host_ranks(timeout_seconds: float) -> Iterator[HostGroup]:
+    """Join the other ranks without DeepSpeed, for work that is only shared out, and part again. Collective."""
+    prepare_environment()
+    import torch.distributed as dist
+
+    dist.init_process_group("gloo", timeout=timedelta(seconds=timeout_seconds))
+    try:
+        yield HostGroup(timeout_seconds)
+    finally:
+        dist.destroy_process_group()
 
 
 class HostGroup:

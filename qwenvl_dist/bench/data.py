@@ -112,6 +112,7 @@ def measure(
     rule = ImageSizeRule.of(image_size, processor, "--image-size")
     encoder = SampleEncoder(processor, rule, 8192, exact_resize)
     shards = ShardSet(shards_folder)
+    shards.require_pictures()
     samples = _load(shards)
     if workers > len(samples):
         raise UserError(

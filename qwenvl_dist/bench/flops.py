@@ -76,12 +76,13 @@ def _timed(x: torch.Tensor, weight: torch.Tensor, backward: bool) -> float:
 
 
 def step_work(config: Any, batch: CaptionBatch, rank: int, target_modules: Iterable[str]) -> StepWork:
-    """Return what `batch` takes with a frozen base, an adapter of `rank` on `target_modules` and a frozen tower."""
+    """Return what `batch` takes with a frozen base and tower and an adapter of `rank` on `target_modules`."""
     vision, text = config.vision_config, config.text_config
     products: Counter[Product] = Counter()
     other = 0
-    # The tower, forward alone.
-    patches = sum(t * h * w for t, h, w in batch.grids)
+    # The tower, forward alone; not where the batch has its features.
+    grids = batch.grids if batch.features is None else ()
+    patches = sum(t * h * w for t, h, w in grids)
     width, merged = vision.embed_dim, vision.spatial_merge_size**2
     patch = vision.in_channels * vision.temporal_patch_size * vision.patch_size**2
     ratio = int(vision.mlp_ratio)
@@ -95,7 +96,7 @@ def step_work(config: Any, batch: CaptionBatch, rank: int, target_modules: Itera
         products[Product(patches, inner, columns)] += vision.depth
     products[Product(patches // merged, merged * width, merged * width)] += 1
     products[Product(patches // merged, merged * width, vision.hidden_size)] += 1
-    other += vision.depth * sum(t * 4 * (h * w) ** 2 * width for t, h, w in batch.grids)
+    other += vision.depth * sum(t * 4 * (h * w) ** 2 * width for t, h, w in grids)
     # The decoder: forward, and gradients of inputs. The first layer's q, k and v need none, the last layer's rows
     # beyond keys and values are those of targets.
     hidden, inner_width, layers = text.hidden_size, text.intermediate_size, text.num_hidden_layers

@@ -26,12 +26,13 @@ from qwenvl_dist.data.batch import CaptionBatch, Example, collate
 from qwenvl_dist.data.chat import IGNORE, EncodedChat
 from qwenvl_dist.data.formats import read_coco_captions
 from qwenvl_dist.data.pack import pack
+from qwenvl_dist.data.stream import CaptionStream
 from qwenvl_dist.distributed import HostGroup, Topology, start
 from qwenvl_dist.logs import get_logger
 from qwenvl_dist.model.load import resolve_base
 from qwenvl_dist.model.lora import set_activation_checkpointing
 from qwenvl_dist.synthetic.scenes import write_scenes
-from qwenvl_dist.training.run import assemble
+from qwenvl_dist.training.run import assemble, open_streams
 from qwenvl_dist.training.state import TrainState
 from qwenvl_dist.training.step import train_step
 
@@ -66,22 +67,32 @@ def write_pictures(folder: Path, photos: int, side: int) -> Path:
     return folder / "shards"
 
 
-def measure(recipe: Recipe, steps: int, compare_trainer: bool, modes: list[str]) -> dict[str, Any]:
-    """Return the report of `bench step`; `recipe` has shards, batch size and everything else."""
+def measure(
+    recipe: Recipe, steps: int, compare_trainer: bool, modes: list[str], pictures: Path | None = None
+) -> dict[str, Any]:
+    """Return the report of `bench step`; `recipe` has shards, batch size and everything else.
+
+    `pictures` are the shards of the Trainer where those of the recipe hold features.
+    """
     began = time.perf_counter()
     accelerator = start(recipe)
     base = resolve_base(recipe.model.base)
     joined = time.perf_counter()
     state = assemble(recipe, accelerator, Topology.from_environment(), HostGroup(1800), base)
     ready = time.perf_counter()
-    stream = endless(state)
+    stream = endless(state.batches)
     turns = Turns()
     total = WARM_UP + steps
     with contextlib.ExitStack() as stack:
         trainer = None
         if compare_trainer:
             folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
-            write_trainer_inputs(state, total, folder / "inputs.pt")
+            batches = state.batches
+            if batches.shards.manifest.features is not None:
+                data = recipe.data.model_copy(update={"train": str(pictures)})
+                plain = recipe.model_copy(update={"data": data})
+                batches, *_ = open_streams(plain, state.topology, state.processor, base)
+            write_trainer_inputs(state, batches, total, folder / "inputs.pt")
             process = TrainerProcess(base, recipe, folder / "inputs.pt", total + 1, torch.get_num_threads())
             trainer = stack.enter_context(process)
         state.engine.train()
@@ -103,15 +114,15 @@ def measure(recipe: Recipe, steps: int, compare_trainer: bool, modes: list[str])
     return report(state, turns, memory, startup)
 
 
-def endless(state: TrainState) -> Iterator[CaptionBatch]:
+def endless(batches: CaptionStream) -> Iterator[CaptionBatch]:
     """Yield the micro-batches of the stream."""
-    for micro_batches in state.batches.iterate():
+    for micro_batches in batches.iterate():
         yield from micro_batches
 
 
-def write_trainer_inputs(state: TrainState, count: int, path: Path) -> None:
+def write_trainer_inputs(state: TrainState, stream: CaptionStream, count: int, path: Path) -> None:
     """Write what the Trainer gets: the samples of our first `count` steps."""
-    batches = endless(state)
+    batches = endless(stream)
     base = base_model(state)
     image_token = state.batches.encoder.chat.image_token
     settings = base.pixel_settings

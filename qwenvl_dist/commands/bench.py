@@ -97,6 +97,11 @@ def _add_step(kinds: argparse._SubParsersAction) -> None:
     step.add_argument(
         "--shards", type=Path, metavar="DIR", help="take these samples instead of generated ones"
     )
+    step.add_argument(
+        "--features",
+        metavar="DIR",
+        help="train on these features, which `shards encode` made of --shards (that --compare trains on)",
+    )
     step.add_argument("--image-size", type=int, default=280, metavar="SIDE", help="pixels (default: 280)")
     step.add_argument("--compare", choices=("trainer",), help="alternate with a transformers Trainer")
     step.add_argument(
@@ -133,6 +138,10 @@ def run_step(args: argparse.Namespace) -> int:
             raise UserError(f"--{name.replace('_', '-')} {getattr(args, name)}: must be at least 1")
     if args.captions == "each" and args.compare:
         raise UserError("--compare trainer takes joined captions; leave out --captions each, or --compare")
+    if args.features and (args.captions == "each" or (args.compare and not args.shards)):
+        raise UserError(
+            "--features takes joined captions, and with --compare the --shards that the features were made of"
+        )
     modes = [mode for mode in args.checkpointing.split(",") if mode]
     with tempfile.TemporaryDirectory() as scratch:
         shards = args.shards or Path(scratch) / "shards"
@@ -140,7 +149,7 @@ def run_step(args: argparse.Namespace) -> int:
             {
                 "model": {"base": args.base},
                 "data": {
-                    "train": str(shards),
+                    "train": str(args.features or shards),
                     "image_size": args.image_size,
                     "micro_batch_size": args.batch_size,
                     "captions_mode": args.captions,
@@ -156,9 +165,9 @@ def run_step(args: argparse.Namespace) -> int:
 
         from qwenvl_dist.bench import step
 
-        if args.shards is None:
+        if args.shards is None and args.features is None:
             step.write_pictures(Path(scratch), args.photos, args.image_size)
-        report = step.measure(recipe, args.steps, args.compare == "trainer", modes)
+        report = step.measure(recipe, args.steps, args.compare == "trainer", modes, args.shards)
     for key, value in report.items():
         print(f"{key:32} {value}", file=sys.stderr)
     print_result(report, args.json)

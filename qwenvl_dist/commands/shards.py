@@ -1,4 +1,4 @@
-"""`shards pack`, `shards verify`, `shards show`."""
+"""`shards pack`, `shards encode`, `shards verify`, `shards show`."""
 
 from __future__ import annotations
 
@@ -9,16 +9,18 @@ import shutil
 import sys
 import time
 from itertools import groupby
+from pathlib import Path
 
 from qwenvl_dist.data.formats import DEFAULT_JOIN, DEFAULT_PROMPT, READERS
 
 EXAMPLES_SHOWN = 3
+ENCODE_PATIENCE_SECONDS = 7 * 86400.0  # a rank may be done long before the others
 
 
 def add_parser(subparsers: argparse._SubParsersAction) -> None:
     """Add `shards` with its three sub-commands."""
-    shards = subparsers.add_parser("shards", help="pack, verify and look at WebDataset shards")
-    actions = shards.add_subparsers(dest="action", required=True, metavar="pack|verify|show")
+    shards = subparsers.add_parser("shards", help="pack, encode, verify and look at WebDataset shards")
+    actions = shards.add_subparsers(dest="action", required=True, metavar="pack|encode|verify|show")
 
     pack = actions.add_parser("pack", help="pictures and captions -> shards, indexes and a manifest")
     pack.add_argument("--source", required=True, choices=sorted(READERS), help="the form of the captions")
@@ -42,6 +44,30 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
     )
     pack.set_defaults(run=run)
 
+    encode = actions.add_parser(
+        "encode",
+        help="pictures -> features of a frozen vision tower (one process, or under accelerate launch)",
+        description="Write shards that hold the vision features of a base instead of the pictures, for training that "
+        "leaves the tower as it is. Started again it goes on where it stopped.",
+    )
+    encode.add_argument("shards", metavar="SHARDS", help="a folder that `shards pack` wrote, or a URL")
+    encode.add_argument("--base", required=True, help="folder in hub layout, or hub id")
+    encode.add_argument("--out", required=True, type=Path, metavar="DIR", help="the folder to write")
+    encode.add_argument(
+        "--image-size", default="280", metavar="SIDE|MIN,MAX", help="as in data.image_size (default: 280)"
+    )
+    encode.add_argument(
+        "--resize", choices=("fast", "exact"), default="fast", help="as in data.resize (default: fast)"
+    )
+    encode.add_argument(
+        "--dtype", choices=("bfloat16", "float32"), default="bfloat16",
+        help="what the tower computes in; features are bfloat16 (default: bfloat16)",
+    )  # fmt: skip
+    encode.add_argument(
+        "--batch-size", type=int, default=16, metavar="N", help="samples at a time (default: 16)"
+    )
+    encode.set_defaults(run=run)
+
     verify = actions.add_parser("verify", help="check every byte; exit code 1 if anything is bad")
     verify.add_argument("folder", metavar="DIR", help="a folder or URL")
     _add_workers(verify)
@@ -56,7 +82,9 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Run the sub-command and return the exit code."""
-    return {"pack": _run_pack, "verify": _run_verify, "show": _run_show}[args.action](args)
+    return {"pack": _run_pack, "encode": _run_encode, "verify": _run_verify, "show": _run_show}[args.action](
+        args
+    )
 
 
 def _run_pack(args: argparse.Namespace) -> int:
@@ -97,6 +125,40 @@ def _run_pack(args: argparse.Namespace) -> int:
     log.info(
         "%s: %d samples in %d shards%s, %.1f s", args.out, report.manifest.samples, num_shards, kept, seconds
     )
+    return 0
+
+
+def _run_encode(args: argparse.Namespace) -> int:
+    """Encode on this rank's share, and say what was done."""
+    from qwenvl_dist.commands.generation_options import parse_image_size
+    from qwenvl_dist.distributed import host_ranks
+    from qwenvl_dist.errors import UserError
+    from qwenvl_dist.logs import get_logger
+
+    if args.batch_size < 1:
+        raise UserError(f"--batch-size {args.batch_size}: must be at least 1")
+    image_size = parse_image_size(args.image_size)
+    log = get_logger(__name__)
+    started = time.monotonic()
+    with host_ranks(ENCODE_PATIENCE_SECONDS) as host:
+        from qwenvl_dist.training.encode import encode
+
+        report = encode(
+            args.shards, args.base, args.out, host,
+            image_size=image_size, resize=args.resize, dtype=args.dtype, batch_size=args.batch_size,
+        )  # fmt: skip
+    for bad in report.bad[:EXAMPLES_SHOWN] if host.rank == 0 else ():
+        log.warning("no features of %s: %s", bad.key, bad.reason)
+    if report.bad:
+        log.info(
+            "%d bad samples, carried without features and named in %s/manifest.json",
+            len(report.bad),
+            args.out,
+        )
+    log.info(
+        "%s: %d samples in %d shards, %d of them kept from an earlier start, %.1f s",
+        args.out, report.manifest.samples, len(report.manifest.shards), report.shards_kept, time.monotonic() - started,
+    )  # fmt: skip
     return 0
 
 

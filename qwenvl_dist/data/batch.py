@@ -32,6 +32,7 @@ class Example:
     pixels: NDArray[np.uint8]  # (bytes,): the pictures one after another, each (3, height, width)
     bad: BadSampleRecord | None = None
     position: int | None = None  # in the run; None for a row that the plan does not know
+    features: Tensor | None = None  # (visual tokens, hidden) bfloat16, then there are no pixels
 
 
 @dataclass(frozen=True)
@@ -60,6 +61,8 @@ class CaptionBatch:
     positions: tuple[int, ...]  # of the run, one a slot, dummies past the end of the run too
     # (batch, seq) int64: 0 for the prefix and padding, k for the k-th answer; None where no row has several
     segments: Tensor | None = None
+    # (visual tokens, hidden) bfloat16: what the tower gave for the pictures; then there are no pixels
+    features: Tensor | None = None
 
     @property
     def target_tokens(self) -> int:
@@ -86,10 +89,10 @@ def collate(examples: Sequence[Example], dummy: Example, pad_token: int, image_t
     """Pad examples to one batch.
 
     A batch without any picture gets one dummy row more: the vision tower then runs on every rank in every micro-batch,
-    which ZeRO-3's collective gathers need.
+    which ZeRO-3's collective gathers need. With features, which the dummy then has too, no rank ever runs it.
     """
     rows = list(examples)
-    if not any(row.grids for row in rows):
+    if dummy.features is None and not any(row.grids for row in rows):
         rows.append(dummy)
     lengths = np.array([len(row.chat.input_ids) for row in rows])
     shape = (len(rows), int(lengths.max()))
@@ -126,4 +129,7 @@ def collate(examples: Sequence[Example], dummy: Example, pad_token: int, image_t
         keys=tuple(row.key for row in rows if row.key is not None),
         bad=tuple(row.bad for row in rows if row.bad is not None),
         positions=tuple(row.position for row in rows if row.position is not None),
+        features=None
+        if dummy.features is None
+        else torch.cat([row.features for row in rows if row.features is not None]),
     )

@@ -50,6 +50,8 @@ MAX_HEADER_BYTES = 1 << 20  # of a long name or of extended attributes in a fore
 
 # The picture formats that a shard holds, by Pillow's name. MPO is a JPEG with more pictures behind the first.
 IMAGE_EXTENSIONS = {"JPEG": "jpg", "MPO": "jpg", "PNG": "png", "WEBP": "webp"}
+# What a sample holds instead of its pictures after `shards encode`; data/features.py says more.
+FEATURES, FEATURES_RECORD = "features", "features.json"
 _IMAGE_MEMBER = re.compile(r"(?:(\d+)\.)?(?:jpg|jpeg|png|webp)")
 
 # webdataset's rule: the key is all up to the first dot of the file name, the extension is the rest.
@@ -259,7 +261,7 @@ def build_shard_index(tar: Path, name: str | None = None) -> ShardIndex:
                     f"{tar}: holds {key}.{extension} twice: a sample's members must differ; pack it again"
                 )
             record["members"][extension] = [offset, size, zlib.crc32(data)]
-            if extension == "json" or _IMAGE_MEMBER.fullmatch(extension):
+            if extension in ("json", FEATURES_RECORD) or _IMAGE_MEMBER.fullmatch(extension):
                 record["contents"][extension] = data
             if len(records) > 1 and "contents" in records[-2]:
                 _describe(records[-2])
@@ -374,9 +376,9 @@ class Manifest:
     """All shards of a dataset folder."""
 
     shards: list[ShardEntry]
-    packing: dict[str, Any] = field(
-        default_factory=dict
-    )  # how it was packed: for people, nothing reads it back
+    packing: dict[str, Any] = field(default_factory=dict)  # how it was packed: for people
+    # Of which tower and image settings the shards hold features instead of pictures; None: they hold pictures.
+    features: dict[str, Any] | None = None
 
     @property
     def samples(self) -> int:
@@ -390,8 +392,10 @@ class Manifest:
 
     @property
     def fingerprint(self) -> str:
-        """Return the sha256 over every shard's name, count and content."""
-        content = [[shard.name, shard.samples, shard.sha256] for shard in self.shards]
+        """Return the sha256 over every shard's name, count and content, and over what features are bound to."""
+        content: list[Any] = [[shard.name, shard.samples, shard.sha256] for shard in self.shards]
+        if self.features is not None:
+            content.append(self.features)
         return hashlib.sha256(_compact(content).encode()).hexdigest()
 
     @classmethod
@@ -444,7 +448,10 @@ class Manifest:
                 )
                 for shard in content["shards"]
             ]
-            manifest = cls(shards, dict(content.get("packing") or {}))
+            features = content.get("features")
+            manifest = cls(
+                shards, dict(content.get("packing") or {}), None if features is None else dict(features)
+            )
             stored = (content["samples"], content["fingerprint"])
         except (ValueError, KeyError, TypeError) as error:
             raise UserError(f"{path}: damaged ({type(error).__name__}: {error}): {remedy}") from None
@@ -469,11 +476,13 @@ class Manifest:
 
     def to_json(self) -> dict[str, Any]:
         """Return the content of `manifest.json`."""
+        features = {} if self.features is None else {"features": self.features}
         return {
             "format": MANIFEST_FORMAT,
             "version": MANIFEST_VERSION,
             "samples": self.samples,
             "fingerprint": self.fingerprint,
+            **features,
             "packing": self.packing,
             "shards": [shard.to_json() for shard in self.shards],
         }
@@ -562,6 +571,8 @@ def _describe(record: dict[str, Any]) -> None:
     """Replace a record's contents by what batching needs to know of them."""
     contents = record.pop("contents")
     record["images"] = [list(_size_or_zero(contents[extension])) for extension in image_members(contents)]
+    if FEATURES_RECORD in contents:
+        record["images"] = _noted_sizes(contents[FEATURES_RECORD])
     record["caption_length"] = _caption_length(contents.get("json", b""))
 
 
@@ -571,6 +582,15 @@ def _size_or_zero(data: bytes) -> tuple[int, int]:
     except ValueError:
         return 0, 0
     return width, height
+
+
+def _noted_sizes(data: bytes) -> list[list[int]]:
+    """Return width and height of the pictures that features were made from, none when the record is damaged."""
+    try:
+        sizes = [[int(width), int(height)] for width, height in json.loads(data)["sizes"]]
+    except (ValueError, KeyError, TypeError, RecursionError):
+        return []
+    return sizes if all(0 <= side < 2**31 for size in sizes for side in size) else []
 
 
 def _caption_length(data: bytes) -> int:

@@ -117,7 +117,7 @@ def pack(
 
     out.mkdir(parents=True, exist_ok=True)
     _import_tar_writer()  # once, before the workers fork
-    with _locked(out / UNFINISHED_NAME):
+    with locked(out / UNFINISHED_NAME):
         results = []
         for result in map_in_order(_pack_shard, tasks, workers):
             results.append(result)
@@ -241,7 +241,7 @@ def _pack_shard(task: _Task) -> _Result:
         index, skipped = kept
     else:
         skipped: list[Skipped] = []
-        index = _write_shard(task.tar, _readable(task, skipped))
+        index = write_shard(task.tar, _readable(task, skipped))
     entry = ShardEntry(
         name=task.tar.name,
         num_bytes=index.num_bytes,
@@ -353,7 +353,7 @@ def _read_sample(sample: Sample) -> dict[str, bytes]:
     return {**members, "json": sample.to_json()}
 
 
-def _write_shard(tar: Path, samples: Iterable[dict[str, Any]]) -> ShardIndex:
+def write_shard(tar: Path, samples: Iterable[dict[str, Any]]) -> ShardIndex:
     """Write a shard and its index so that a tar under its final name is whole and indexed."""
     temporary = tar.with_name(tar.name + ".tmp")
     with temporary.open("wb") as file:
@@ -376,7 +376,7 @@ def _import_tar_writer() -> Any:
 
 
 @contextmanager
-def _locked(path: Path) -> Iterator[None]:
+def locked(path: Path) -> Iterator[None]:
     """Hold the lock of an output folder; workers inherit it, so it ends when the last of them is gone."""
     deadline = time.monotonic() + LOCK_PATIENCE_SECONDS
     while True:

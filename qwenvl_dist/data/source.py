@@ -53,6 +53,14 @@ class ShardSet:
         self.keep_open = keep_open
         self._reset()
 
+    def require_pictures(self) -> None:
+        """Raise UserError where the shards hold features, for work that needs the pictures themselves."""
+        if self.manifest.features is not None:
+            raise UserError(
+                f"{self.storage.location}: holds vision features, this needs pictures; "
+                "name the shards that `shards encode` read"
+            )
+
     def _reset(self) -> None:
         self._readers: OrderedDict[int, ShardReader] = OrderedDict()
         self._cached: dict[int, CachedFile] = {}

@@ -20,12 +20,14 @@ from typing import Any, TypeVar
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 from torch.utils.data import DataLoader
 from webdataset import filters, handlers
 from webdataset.pipeline import DataPipeline
 
 from qwenvl_dist.data.batch import BadSampleRecord, CaptionBatch, Example, collate
 from qwenvl_dist.data.chat import IGNORE, ChatEncoder, Grid, TooLong
+from qwenvl_dist.data.features import read_features
 from qwenvl_dist.data.formats import parse_sample_json
 from qwenvl_dist.data.images import ImageSizeRule, UnreadableImage, decode, resize
 from qwenvl_dist.data.index import RawSample
@@ -43,6 +45,7 @@ class Seen:
     messages: list[dict[str, Any]]
     grids: tuple[Grid, ...]
     pixels: NDArray[np.uint8]
+    features: Tensor | None = None
 
 
 class SampleEncoder:
@@ -55,7 +58,11 @@ class SampleEncoder:
         max_length: int,
         exact_resize: bool = True,
         caption_mark: str | None = None,
+        features_width: int | None = None,
     ) -> None:
+        self.features_width = (
+            features_width  # hidden size of features in the shards; None: they hold pictures
+        )
         self.exact_resize = exact_resize
         self.chat = ChatEncoder(processor, max_length)
         self.caption_mark = caption_mark  # separates captions that share a prefix; None joins them
@@ -65,17 +72,22 @@ class SampleEncoder:
 
     @property
     def max_bytes(self) -> int:
-        """How much of a batch one sample with one picture takes at most: its pixels and seven int64 a token."""
+        """How much of a batch one sample with one picture takes at most: its pixels or features, 7 int64 a token."""
         area = self.size_rule.max_pixels if self.size_rule.side is None else self.size_rule.side**2
-        return 3 * area + 8 * 8 * self.chat.max_length
+        width = self.features_width
+        picture = 3 * area if width is None else 2 * width * area // self.size_rule.factor**2
+        return picture + 8 * 8 * self.chat.max_length
 
     def _make_dummy(self) -> Example:
-        side = self.size_rule.factor
-        messages = [{"role": "user", "content": [{"type": "image"}]}]
-        grid = (1, side // self.patch_size, side // self.patch_size)
-        chat = self.chat.encode(messages, [grid])
+        side, grids, features = self.size_rule.factor, (), None
+        if self.features_width is None:
+            grids = ((1, side // self.patch_size, side // self.patch_size),)
+        else:
+            features = torch.empty(0, self.features_width, dtype=torch.bfloat16)
+        messages = [{"role": "user", "content": [{"type": "image"} for _ in grids]}]
+        chat = self.chat.encode(messages, grids)
         chat = replace(chat, labels=np.full_like(chat.labels, IGNORE))
-        return Example(None, chat, (grid,), np.zeros(3 * side * side, np.uint8))
+        return Example(None, chat, grids, np.zeros(3 * side * side * len(grids), np.uint8), features=features)
 
     def picture(self, data: bytes) -> tuple[np.ndarray, Grid]:
         """Return ((3 * height * width,) uint8, grid) of one picture at the model's size. Raises UnreadableImage."""
@@ -85,9 +97,14 @@ class SampleEncoder:
         return resize(pixels, height, width, self.exact_resize).reshape(-1).numpy(), grid
 
     def _see(self, raw: RawSample) -> Seen:
-        if "json" not in raw.members:
-            raise ValueError("json: missing member")
-        messages = parse_sample_json(raw.json, len(raw.images))["messages"]
+        if self.features_width is not None:
+            made = read_features(raw.members)
+            messages = _messages(raw, len(made.grids))
+            if not made.grids:
+                return Seen(messages, (), self.dummy.pixels, self.dummy.features)
+            made.check_shape(self.features_width, self.chat.merge_size)
+            return Seen(messages, made.grids, self.dummy.pixels, made.values)
+        messages = _messages(raw, len(raw.images))
         pictures = [self.picture(data) for data in raw.images]
         pixels = np.concatenate([p for p, _ in pictures]) if pictures else np.zeros(0, np.uint8)
         return Seen(messages, tuple(grid for _, grid in pictures), pixels)
@@ -97,7 +114,7 @@ class SampleEncoder:
             chat = self.chat.encode(seen.messages, seen.grids)
         else:
             chat = self.chat.encode_each(seen.messages, seen.grids, self.caption_mark)
-        return Example(raw.key, chat, seen.grids, seen.pixels)
+        return Example(raw.key, chat, seen.grids, seen.pixels, features=seen.features)
 
     def encode(self, raw: RawSample) -> Example:
         """Encode one sample. Raises UnreadableImage, TooLong, or ValueError for a damaged record."""
@@ -123,6 +140,12 @@ class SampleEncoder:
             return work(sample.raw, *more)
         except (UnreadableImage, TooLong, ValueError) as error:
             return replace(self.dummy, bad=BadSampleRecord(sample.shard, sample.raw.key, str(error)))
+
+
+def _messages(raw: RawSample, num_images: int) -> list[dict[str, Any]]:
+    if "json" not in raw.members:
+        raise ValueError("json: missing member")
+    return parse_sample_json(raw.json, num_images)["messages"]
 
 
 class _Collate:

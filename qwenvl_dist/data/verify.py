@@ -17,8 +17,12 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from qwenvl_dist.data.features import read_features
 from qwenvl_dist.data.formats import parse_sample_json
+from qwenvl_dist.data.images import UnreadableImage
 from qwenvl_dist.data.index import (
+    FEATURES,
+    FEATURES_RECORD,
     MANIFEST_NAME,
     TAR_BLOCK,
     BadSample,
@@ -233,6 +237,9 @@ def _check_samples(tar: Path, index: ShardIndex, thorough: bool) -> Iterator[Fau
 
 def _check_content(sample: RawSample, image_sizes: np.ndarray) -> Iterator[str]:
     """Yield what is wrong with the form of a sample whose bytes are as packed."""
+    if FEATURES_RECORD in sample.members or FEATURES in sample.members:
+        yield from _check_features(sample, image_sizes)
+        return
     extensions = image_members(sample.members)
     if "json" not in sample.members:
         yield "json: missing member"
@@ -257,6 +264,23 @@ def _check_content(sample: RawSample, image_sizes: np.ndarray) -> Iterator[str]:
         else:
             if size != indexed:
                 yield f"{extension}: is {size[0]}x{size[1]}, the index says {indexed[0]}x{indexed[1]}"
+
+
+def _check_features(sample: RawSample, image_sizes: np.ndarray) -> Iterator[str]:
+    """Yield what is wrong with a sample that holds features."""
+    try:
+        made = read_features(sample.members)
+    except (UnreadableImage, ValueError) as error:
+        yield str(error)
+        return
+    if not made.values.isfinite().all():
+        yield f"{FEATURES}: holds values that are not finite"
+    if made.sizes != image_sizes.tolist():
+        yield f"{FEATURES_RECORD}: sizes {made.sizes}, the index says {image_sizes.tolist()}"
+    try:
+        parse_sample_json(sample.json, len(made.grids))
+    except ValueError as error:
+        yield f"json: {error}"
 
 
 def _check_frame(descriptor: int, key: str, extension: str, member: Member) -> Iterator[str]:

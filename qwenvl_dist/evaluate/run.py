@@ -119,6 +119,7 @@ class ShardEvaluation:
     ) -> None:
         self.captioner = captioner
         self.shards = ShardSet(shards)
+        self.shards.require_pictures()
         sizes = self.shards.manifest.shard_sizes
         if limit is not None:
             sizes = np.clip(limit - (np.cumsum(sizes) - sizes), 0, sizes)

@@ -23,7 +23,7 @@ DTYPE_BYTES = {
     "F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1,
     "U16": 2, "U32": 4, "U64": 8, "F8_E4M3": 1, "F8_E5M2": 1,
 }  # fmt: skip
-_FINGERPRINT_BLOCK = 4096
+FINGERPRINT_BLOCK = 4096
 _MAX_HEADER_BYTES = 100_000_000  # the format's own limit
 
 
@@ -121,7 +121,7 @@ class BaseFolder:
             digest.update(file.header)
             with file.path.open("rb", buffering=0) as opened:
                 for entry in file.tensors.values():
-                    size = min(entry.nbytes, _FINGERPRINT_BLOCK)
+                    size = min(entry.nbytes, FINGERPRINT_BLOCK)
                     begin = entry.begin + (entry.nbytes - size) // 2
                     digest.update(os.pread(opened.fileno(), size, begin))
         return digest.hexdigest()

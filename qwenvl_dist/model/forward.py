@@ -39,7 +39,9 @@ class Qwen2VLForCaptionLoss(Qwen2VLForConditionalGeneration):
         return self.caption_loss(batch)
 
     def vision_features(self, batch: CaptionBatch) -> Tensor:
-        """Return (visual tokens, hidden) of all pictures of the batch, in order."""
+        """Return (visual tokens, hidden) of all pictures of the batch, in order; the tower rests where it has them."""
+        if batch.features is not None:
+            return batch.features
         assert self.pixel_settings is not None, "set pixel_settings after loading"
         visual = self.model.visual
         # A frozen tower is run, never differentiated: no graph, no kept activations.

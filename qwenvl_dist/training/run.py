@@ -23,6 +23,7 @@ from qwenvl_dist.model.load import load_model, load_processor, resolve_base
 from qwenvl_dist.model.lora import make_trainable, set_activation_checkpointing, trainable_parameters
 from qwenvl_dist.model.pixels import PixelSettings
 from qwenvl_dist.training.checkpoint import Checkpoints, require_shared_folder
+from qwenvl_dist.training.features import check_binding, check_frozen
 from qwenvl_dist.training.history import RunHistory, rewind
 from qwenvl_dist.training.loop import StopSignal, train
 from qwenvl_dist.training.metrics import Metrics, start_trackers
@@ -69,14 +70,22 @@ def open_shards(data: DataConfig, place: str) -> ShardSet:
 
 
 def open_streams(
-    recipe: Recipe, topology: Topology, processor: Any
+    recipe: Recipe, topology: Topology, processor: Any, base: Path
 ) -> tuple[CaptionStream, CaptionStream | None, DataIdentity]:
     """Return the training stream, the validation stream and what identifies the data."""
     data, train_config = recipe.data, recipe.train
     rule = ImageSizeRule.of(data.image_size, processor)
     mark = data.caption_mark if data.captions_mode == "each" else None
-    encoder = SampleEncoder(processor, rule, data.max_length, data.resize == "exact", mark)
+
+    def encoder_of(shards: ShardSet, name: str) -> SampleEncoder:
+        features = shards.manifest.features
+        if features is not None:
+            check_binding(shards.manifest, name, base, processor, data)
+        width = None if features is None else int(features["hidden"])
+        return SampleEncoder(processor, rule, data.max_length, data.resize == "exact", mark, width)
+
     shards = open_shards(data, data.train)
+    encoder = encoder_of(shards, f"data.train = {data.train}")
     plan = RunPlan(
         shards.manifest.shard_sizes, seed=data.seed, window=data.shuffle_window, epochs=train_config.epochs
     )
@@ -102,6 +111,7 @@ def open_streams(
                 f"data.validation = {data.validation}: holds no samples; pack some or drop the key"
             )
         one = StepLayout(topology.world_size, data.micro_batch_size, 1)
+        encoder = encoder_of(held_out, f"data.validation = {data.validation}")
         validation = CaptionStream(held_out, once, one, encoder, **options)
     return batches, validation, identity
 
@@ -111,11 +121,13 @@ def assemble(
 ) -> TrainState:
     """Load, shard and connect everything a training step touches. Collective."""
     processor = load_processor(base)
-    batches, validation, identity = open_streams(recipe, topology, processor)
+    batches, validation, identity = open_streams(recipe, topology, processor, base)
     plugin = accelerator.deepspeed_plugin
     assert plugin is not None
     model = build_model(recipe, base, processor, plugin.zero_stage)
     trained = trainable_parameters(model)
+    if batches.shards.manifest.features is not None:
+        check_frozen(recipe, trained)
     count = sum(getattr(p, "ds_numel", p.numel()) for p in trained.values())
     log.info("training %.3f M parameters in %d tensors", count / 1e6, len(trained))
     optimizer = make_optimizer(model, recipe.optim, plugin.deepspeed_config)

@@ -224,7 +224,7 @@ def test_two_packers_do_not_mix(tmp_path, coco, monkeypatch):
     out = tmp_path / "out"
     out.mkdir()
     with (
-        pack_module._locked(out / pack_module.UNFINISHED_NAME),
+        pack_module.locked(out / pack_module.UNFINISHED_NAME),
         pytest.raises(UserError, match="another process"),
     ):
         pack(read(coco), out)
