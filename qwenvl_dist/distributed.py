@@ -117,6 +117,18 @@ def _read_deepspeed_file(path: str | Path) -> dict[str, Any]:
     return config
 
 
+def _refuse_whole_weight_settings(zero: dict[str, Any]) -> None:
+    """Refuse what DeepSpeed makes from a whole weight while the model is built: a rank reads its own slices only."""
+    if (zero.get("offload_param") or {}).get("device") == "nvme":
+        raise UserError("zero_optimization.offload_param.device = nvme: must be cpu or none")
+    size = zero.get("zero_hpz_partition_size", 1)
+    if size != 1:
+        raise UserError(f"zero_optimization.zero_hpz_partition_size = {size}: must be 1; drop the key")
+    for key in ("zero_quantized_weights", "zero_quantized_nontrainable_weights"):
+        if zero.get(key):
+            raise UserError(f"zero_optimization.{key} = true: weights cannot be quantised; drop the key")
+
+
 def deepspeed_config(recipe: Recipe) -> dict[str, Any]:
     """Return the DeepSpeed configuration of this run: the ZeRO file's knobs plus what the recipe decides.
 
@@ -150,6 +162,8 @@ def deepspeed_config(recipe: Recipe) -> dict[str, Any]:
         raise UserError(
             f"zero_optimization.stage = {stage}: this toolkit trains under ZeRO 2 or 3; set one of them"
         )
+    if stage == 3:
+        _refuse_whole_weight_settings(config["zero_optimization"])
     config["train_micro_batch_size_per_gpu"] = recipe.data.micro_batch_size
     config["gradient_accumulation_steps"] = recipe.train.grad_accum_steps
     config["gradient_clipping"] = recipe.optim.max_grad_norm

@@ -9,6 +9,7 @@ import hashlib
 import json
 import math
 import os
+from collections.abc import Collection
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -174,6 +175,15 @@ def write_header(entries: dict[str, tuple[str, tuple[int, ...]]], metadata: dict
     header = json.dumps(described, separators=(",", ":")).encode()
     header += b" " * (-len(header) % 8)  # the data begins at a multiple of 8
     return len(header).to_bytes(8, "little") + header
+
+
+def refuse_keys(fault: str, names: Collection[str]) -> None:
+    """Raise UserError when there are any."""
+    if names:
+        raise UserError(
+            f"{len(names)} {fault} keys in its weights, first {min(names)}; "
+            "complete the download or name a Qwen2-VL model"
+        )
 
 
 def _read_json(path: Path) -> dict[str, Any]:

@@ -8,8 +8,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qwenvl_dist.errors import UserError
+from qwenvl_dist.model.base_folder import refuse_keys
 
 if TYPE_CHECKING:
+    import torch
+
     from qwenvl_dist.config import ModelConfig, PixelRange
     from qwenvl_dist.model.forward import Qwen2VLForCaptionLoss
 
@@ -84,34 +87,43 @@ def choose_attention(wanted: str) -> str:
 
 
 def load_model(folder: Path, config: ModelConfig) -> Qwen2VLForCaptionLoss:
-    """Load the base for training or generation. Collective under ZeRO-3.
+    """Load the base for training or generation, under ZeRO-3 each rank its own slices.
 
-    Under ZeRO-3 transformers finds the DeepSpeed configuration that accelerate registered and partitions each weight as
-    it arrives, so that no GPU ever holds the whole model.
+    Raises UserError when the folder does not hold exactly the model's tensors.
     """
     import torch
     from safetensors import SafetensorError
+    from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
-    from qwenvl_dist.model.forward import Qwen2VLForCaptionLoss
-
+    dtype, attention = getattr(torch, config.dtype), choose_attention(config.attention)
+    partitioned = is_deepspeed_zero3_enabled()  # accelerate registered the DeepSpeed configuration
+    if partitioned:
+        from qwenvl_dist.model.zero3_load import load_partitioned as load
+    else:
+        load = _load_whole
     try:
-        loaded: Any = Qwen2VLForCaptionLoss.from_pretrained(
-            folder,
-            dtype=getattr(torch, config.dtype),
-            attn_implementation=choose_attention(config.attention),
-            output_loading_info=True,
-            ignore_mismatched_sizes=True,  # else a table on the screen and an error without a name
-        )
-        model, report = loaded
+        return load(folder, dtype, attention)
+    except UserError as error:
+        raise UserError(f"model.base = {folder}: {error}") from error
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        if partitioned and isinstance(error, RuntimeError):
+            raise  # of DeepSpeed or a collective, not of the files
         reason = str(error).splitlines()[0]
         raise UserError(f"model.base = {folder}: its weights cannot be loaded ({reason})") from error
+
+
+def _load_whole(folder: Path, dtype: torch.dtype, attention: str) -> Qwen2VLForCaptionLoss:
+    from qwenvl_dist.model.forward import Qwen2VLForCaptionLoss
+
+    loaded: Any = Qwen2VLForCaptionLoss.from_pretrained(
+        folder,
+        dtype=dtype,
+        attn_implementation=attention,
+        output_loading_info=True,
+        ignore_mismatched_sizes=True,  # else a table on the screen and an error without a name
+    )
+    model, report = loaded
     # transformers fills a gap with random weights and a warning; nobody wants to train on those.
-    for fault in ("missing_keys", "mismatched_keys", "unexpected_keys"):
-        if report[fault]:
-            names = sorted(str(key) for key in report[fault])
-            raise UserError(
-                f"model.base = {folder}: {len(names)} {fault.replace('_', ' ')} in its weights, first {names[0]}; "
-                "complete the download or name a Qwen2-VL model"
-            )
+    for fault in ("missing", "mismatched", "unexpected"):
+        refuse_keys(fault, [str(key) for key in report[f"{fault}_keys"]])
     return model
