@@ -49,7 +49,8 @@ class _EmptyPartitions(partition_parameters.Init):
         size = -(-parameter.ds_numel // world)
         own: Any = torch.empty(size, dtype=parameter.dtype, device=self.remote_device)
         if self.pin_memory:  # which DeepSpeed leaves off unless the weights are offloaded to the host
-            own = get_accelerator().pin_memory(own)
+            accelerator: Any = get_accelerator()
+            own = accelerator.pin_memory(own)
         own.ds_numel = size
         own.status = partition_parameters.PartitionedParamStatus.AVAILABLE
         own.final_location = None
@@ -90,7 +91,8 @@ def _build(folder: Path, dtype: torch.dtype, attention: str) -> Qwen2VLForCaptio
 
     from qwenvl_dist.model.forward import Qwen2VLForCaptionLoss
 
-    config = Qwen2VLForCaptionLoss.config_class.from_pretrained(folder)
+    config_class: Any = Qwen2VLForCaptionLoss.config_class
+    config = config_class.from_pretrained(folder)
     with ExitStack() as stack:
         stack.enter_context(no_init_weights())
         stack.enter_context(prevent_arange_dtype_change())  # before Init, which would make positions bf16
