@@ -122,6 +122,7 @@ def _run(pipe: Connection, base: str, recipe: dict[str, Any], inputs: str, steps
             data_collator=lambda items: items[0],
             callbacks=[callback],
         )
+        trainer.remove_callback(transformers.PrinterCallback)  # stdout belongs to the report
         trainer.get_train_dataloader = lambda: torch.utils.data.DataLoader(  # in the given order
             list(batches),  # type: ignore[arg-type]
             batch_size=1,
