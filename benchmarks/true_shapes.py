@@ -11,6 +11,7 @@ and the resident size when each step has been logged. When the machine runs shor
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import re
@@ -83,6 +84,15 @@ def training_processes(launcher: int) -> dict[int, int]:
     return found
 
 
+def stop(process: subprocess.Popen[bytes]) -> None:
+    """Kill the launcher and its ranks, each of which leads a session of its own, and wait."""
+    if process.poll() is None:
+        for group in (*training_processes(process.pid).values(), process.pid):
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(group, signal.SIGKILL)
+        process.wait()
+
+
 def kernel_gib(path: str, key: str) -> float:
     """Return a line of a file such as /proc/meminfo, in GiB."""
     for line in Path(path).read_text().splitlines():
@@ -104,10 +114,10 @@ def watch(process: subprocess.Popen[bytes], out: Path, least_gib: float) -> dict
     while process.poll() is None:
         left = kernel_gib("/proc/meminfo", "MemAvailable")
         if left < least_gib:
-            os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
-            held = {rank: round(each.peak, 2) for rank, each in memory.items()}
-            sys.exit(f"stopped: {left:.2f} GiB left on the machine; the processes held {held} GiB at most")
+            held = {rank: (round(each.peak, 2), each.after_step) for rank, each in memory.items()}
+            sys.exit(
+                f"stopped: {left:.2f} GiB left on the machine; the processes held (at most, after steps) {held}"
+            )
         try:
             steps = len(logged_steps(out))
             for rank, pid in training_processes(process.pid).items():
@@ -131,9 +141,7 @@ def measure(args: argparse.Namespace) -> dict:
         try:
             memory = watch(process, out, args.least_gib)
         finally:
-            if process.poll() is None:
-                os.killpg(process.pid, signal.SIGKILL)
-                process.wait()
+            stop(process)
         text = log.read_text()
         if process.returncode:
             sys.exit(text[-4000:])
@@ -167,6 +175,9 @@ def main() -> None:
     parser.add_argument("--work", help="folder for the run's files; default the system's for temporary files")
     parser.add_argument("--json", action="store_true")
     args = parser.parse_args()
+    signal.signal(
+        signal.SIGTERM, lambda *_: sys.exit("stopped by a signal")
+    )  # or the ranks would stay behind
     report = measure(args)
     if args.json:
         print(json.dumps(report))
