@@ -146,12 +146,47 @@ def test_shared_prefixes_are_measured_beside_separate_samples(scenes_base: Path,
     assert report["ratio_to_separate"] > 0 and report["ratio"] is None
 
 
+@pytest.mark.slow
+@pytest.mark.dist
+def test_features_are_measured_beside_a_trainer_on_their_pictures(
+    scenes_base: Path, scene_shards: Path, tmp_path: Path
+) -> None:
+    base, features = str(scenes_base), str(tmp_path / "features")
+    encode = [
+        str(scene_shards),
+        "--base",
+        base,
+        "--out",
+        features,
+        "--image-size",
+        "56",
+        "--dtype",
+        "float32",
+    ]
+    run_ranks("tests.training.test_encode:run_encode", 1, timeout=240, arguments=encode)
+    arguments = [
+        "--features",
+        features,
+        "--shards",
+        str(scene_shards),
+        "--compare",
+        "trainer",
+        "lora.dropout=0.0",
+    ]
+    options = {"base": base, "out": str(tmp_path / "out"), "arguments": arguments}
+    run_ranks("tests.bench.test_step:run_bench", 1, timeout=240, **options)
+    report = json.loads((tmp_path / "out").read_text())
+    assert report["ratio"] > 0
+    assert report["losses"] == pytest.approx(report["trainer_losses"], rel=1e-2)
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (["--steps", "0"], "--steps 0: must be at least 1"),
         (["--checkpointing", "some"], "--checkpointing: model.checkpointing"),
         (["--captions", "each", "--compare", "trainer"], "--compare trainer takes joined captions"),
+        (["--features", "here", "--compare", "trainer"], "--features takes joined captions"),
         (["model.fast_pth=false"], "did you mean 'fast_path'?"),
     ],
 )
