@@ -301,15 +301,14 @@ def require_same_adapter(written: dict[str, Any] | None, lora: LoraConfig | None
     """Raise UserError when the adapter has another shape or scaling than the checkpoint's."""
     if written is None or lora is None:
         return  # the names of the trained tensors tell
-    fields, wanted = type(lora).model_fields, lora.model_dump(mode="json")
-    for key in wanted.keys() - {
-        "dropout",
-        "target_modules",
-    }:  # the names of the trained tensors tell the targets
-        before = written.get(key, fields[key].get_default())
-        if wanted[key] != (list(before) if isinstance(before, tuple) else before):
+    before = type(lora).model_validate(written)  # an older checkpoint leaves out what was not there yet
+    for key in type(lora).model_fields:
+        if key in ("dropout", "target_modules"):
+            continue  # free to change; told by the names of the trained tensors
+        if getattr(before, key) != getattr(lora, key):
             raise UserError(
-                f"lora.{key} = {wanted[key]}: the checkpoint {folder} was trained with {before}; "
+                f"lora.{key} = {getattr(lora, key)}: the checkpoint {folder} was trained with "
+                f"{getattr(before, key)}; "
                 "set it back, or start another run in another train.output_dir"
             )
 
