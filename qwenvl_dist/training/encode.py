@@ -99,7 +99,7 @@ def encode(
 ) -> EncodeReport:
     """Write into `out` the features of all pictures of `shards`, a folder or URL. Collective.
 
-    Over a finished output of the same input and settings nothing is written. `batch_size` samples go through the tower
+    Over a finished output of the same input and settings no shard is written. `batch_size` samples go through the tower
     at a time. A sample whose picture cannot be read stays, without features and with the reason: a bad sample, as it
     was one in the input.
     """
@@ -120,15 +120,11 @@ def encode(
             raise UserError(
                 f"--out {out}: rank {host.rank} does not see what rank 0 writes; name a shared folder"
             )
-        device = (
-            torch.device("cuda", Topology.from_environment().local_rank)
-            if torch.cuda.is_available()
-            else None
-        )
+        device = torch.device("cpu")
+        if torch.cuda.is_available():
+            device = torch.device("cuda", Topology.from_environment().local_rank)
         encoder = SampleEncoder(processor, rule, 1 << 20, exact_resize=resize == "exact")
-        tower = VisionTower(
-            base, PixelSettings.of(processor), getattr(torch, dtype), device or torch.device("cpu")
-        )
+        tower = VisionTower(base, PixelSettings.of(processor), getattr(torch, dtype), device)
         own = range(host.rank, len(source.manifest.shards), host.world_size)
         results = {}
         with (
