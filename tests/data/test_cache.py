@@ -8,7 +8,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,6 @@ import pytest
 from remote import HIT, KEYS, SHARDS, keys, open_cache, open_set, pack_small, read_through, reasons
 
 from qwenvl_dist.data import cache as cache_module
-from qwenvl_dist.data import storage
 from qwenvl_dist.data.cache import Pinned, Prefetcher, ShardCache, Wanted
 from qwenvl_dist.data.index import Manifest
 from qwenvl_dist.data.plan import RunPlan
@@ -26,21 +25,7 @@ from qwenvl_dist.errors import UserError
 from tests.http_server import FileServer
 from tests.ranks import ROOT
 
-
-@pytest.fixture(scope="module")
-def packed(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return pack_small(tmp_path_factory.mktemp("packed"))
-
-
-@pytest.fixture(autouse=True)
-def short_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(storage, "FIRST_PAUSE_SECONDS", 0.01)
-
-
-@pytest.fixture
-def server(packed: Path) -> Iterator[FileServer]:
-    with FileServer(packed) as server:
-        yield server
+pytestmark = pytest.mark.usefixtures("short_pauses")
 
 
 def wanted(url: str, name: str = HIT) -> Wanted:

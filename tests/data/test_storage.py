@@ -8,7 +8,7 @@ from pathlib import Path
 
 import fsspec
 import pytest
-from remote import HIT, HURRIED, KEYS, SHARDS, keys, open_cache, open_set, pack_small, read_through, reasons
+from remote import HIT, HURRIED, KEYS, SHARDS, keys, open_cache, open_set, read_through, reasons
 
 from qwenvl_dist.data import storage
 from qwenvl_dist.data.cache import ShardCache
@@ -31,20 +31,7 @@ from tests.http_server import FileServer
 BAD_KEYS = KEYS[3:6]
 
 
-@pytest.fixture(scope="module")
-def packed(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return pack_small(tmp_path_factory.mktemp("packed"))
-
-
-@pytest.fixture(autouse=True)
-def short_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(storage, "FIRST_PAUSE_SECONDS", 0.01)
-
-
-@pytest.fixture
-def server(packed: Path) -> Iterator[FileServer]:
-    with FileServer(packed) as server:
-        yield server
+pytestmark = pytest.mark.usefixtures("short_pauses")
 
 
 @pytest.fixture
