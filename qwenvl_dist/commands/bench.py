@@ -27,6 +27,16 @@ def print_result(report: dict, as_json: bool) -> None:
         print(json.dumps(report))
 
 
+def _require_at_least_one(args: argparse.Namespace, *names: str) -> None:
+    """Raise UserError for an option below 1; one that was left out is None."""
+    from qwenvl_dist.errors import UserError
+
+    for name in names:
+        value = getattr(args, name)
+        if value is not None and value < 1:
+            raise UserError(f"--{name.replace('_', '-')} {value}: must be at least 1")
+
+
 def _add_data(kinds: argparse._SubParsersAction) -> None:
     data = kinds.add_parser(
         "data",
@@ -55,10 +65,7 @@ def run_data(args: argparse.Namespace) -> int:
     from qwenvl_dist.commands.generation_options import parse_image_size
     from qwenvl_dist.errors import UserError
 
-    for name, least in (("workers", 1), ("batch_size", 1), ("rounds", 1)):
-        value = getattr(args, name)
-        if value is not None and value < least:
-            raise UserError(f"--{name.replace('_', '-')} {value}: must be at least {least}")
+    _require_at_least_one(args, "workers", "batch_size", "rounds")
     if not args.seconds > 0:
         raise UserError(f"--seconds {args.seconds:g}: must be above 0")
     image_size = parse_image_size(args.image_size)
@@ -133,9 +140,7 @@ def run_step(args: argparse.Namespace) -> int:
     from qwenvl_dist.config import make_recipe
     from qwenvl_dist.errors import UserError
 
-    for name in ("photos", "batch_size", "steps"):
-        if getattr(args, name) < 1:
-            raise UserError(f"--{name.replace('_', '-')} {getattr(args, name)}: must be at least 1")
+    _require_at_least_one(args, "photos", "batch_size", "steps")
     if args.captions == "each" and args.compare:
         raise UserError("--compare trainer takes joined captions; leave out --captions each, or --compare")
     if args.features and (args.captions == "each" or (args.compare and not args.shards)):

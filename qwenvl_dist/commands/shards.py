@@ -18,7 +18,7 @@ ENCODE_PATIENCE_SECONDS = 7 * 86400.0  # a rank may be done long before the othe
 
 
 def add_parser(subparsers: argparse._SubParsersAction) -> None:
-    """Add `shards` with its three sub-commands."""
+    """Add `shards` with its sub-commands."""
     shards = subparsers.add_parser("shards", help="pack, encode, verify and look at WebDataset shards")
     actions = shards.add_subparsers(dest="action", required=True, metavar="pack|encode|verify|show")
 

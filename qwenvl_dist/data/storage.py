@@ -16,6 +16,7 @@ import os
 import random
 import re
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -242,13 +243,14 @@ def _pread(descriptor: int, size: int, offset: int) -> bytes:
     return b"".join(pieces)
 
 
-class _RemoteStorage:
+class _RemoteStorage(ABC):
     """What the remote places have in common."""
 
     location: str
 
+    @abstractmethod
     def read_range(self, name: str, offset: int, size: int) -> bytes:
-        raise NotImplementedError
+        """Return `size` bytes at `offset`, fewer at the end of the file."""
 
     def open(self, name: str) -> ByteSource:
         """Return a file to read in parts."""
