@@ -57,13 +57,22 @@ def write_recipe(path: Path, args: argparse.Namespace) -> Path:
     return out
 
 
+def write_launch_file(path: Path, args: argparse.Namespace) -> Path:
+    """Write accelerate's file: the shipped one, with the DeepSpeed file that was asked for."""
+    config = yaml.safe_load((ROOT / f"launch/accelerate/cpu_zero{args.zero}.yaml").read_text())
+    if args.deepspeed_config:
+        config["deepspeed_config"]["deepspeed_config_file"] = str(Path(args.deepspeed_config).resolve())
+    path.write_text(yaml.safe_dump(config))
+    return path
+
+
 def launch(recipe: Path, args: argparse.Namespace, log: Path) -> subprocess.Popen[bytes]:
     """Start accelerate as a user does."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     command = [
-        "accelerate", "launch", "--config_file", f"launch/accelerate/cpu_zero{args.zero}.yaml",
+        "accelerate", "launch", "--config_file", str(write_launch_file(recipe.with_name("launch.yaml"), args)),
         "--num_processes", str(args.processes), "--main_process_port", str(port),
         "-m", "qwenvl_dist", "train", str(recipe),
     ]  # fmt: skip
@@ -168,6 +177,7 @@ def main() -> None:
     parser.add_argument("base")
     parser.add_argument("shards")
     parser.add_argument("--zero", type=int, choices=(2, 3), required=True)
+    parser.add_argument("--deepspeed-config", help="default: the shipped file of the stage")
     parser.add_argument("--steps", type=int, default=3)
     parser.add_argument("--processes", type=int, default=2)
     parser.add_argument("--image-size", type=int, default=280)

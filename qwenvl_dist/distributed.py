@@ -6,12 +6,13 @@ chosen in `prepare_environment` and `start`, nowhere else.
 
 from __future__ import annotations
 
+import ctypes
 import json
 import os
 import socket
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -170,6 +171,20 @@ def deepspeed_config(recipe: Recipe) -> dict[str, Any]:
     return config
 
 
+_M_MMAP_THRESHOLD = -3  # <malloc.h>
+
+
+def return_freed_memory() -> None:
+    """Make glibc give large freed blocks back to the system; does nothing with another C library.
+
+    Under ZeRO-3 without a GPU whole weights come and go in host memory. glibc takes the first that is freed for a sign
+    that such blocks had better stay in the heap, which then grows and fragments from step to step. A limit that is set
+    stays as it is (mallopt(3)).
+    """
+    with suppress(OSError, AttributeError):
+        ctypes.CDLL(None).mallopt(_M_MMAP_THRESHOLD, 1 << 20)
+
+
 def start(recipe: Recipe) -> Accelerator:
     """Join the other ranks and return accelerate's handle, with DeepSpeed on. Collective.
 
@@ -182,6 +197,8 @@ def start(recipe: Recipe) -> Accelerator:
     from accelerate import Accelerator, DeepSpeedPlugin
     from accelerate.utils import DistributedType, InitProcessGroupKwargs
 
+    if config["zero_optimization"]["stage"] == 3 and not torch.cuda.is_available():
+        return_freed_memory()
     topology = Topology.from_environment()
     plugin = DeepSpeedPlugin(hf_ds_config=config, zero3_init_flag=config["zero_optimization"]["stage"] == 3)
     # Without the explicit backend accelerate believes in a world of one on every rank of a machine without GPUs.

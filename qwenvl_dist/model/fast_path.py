@@ -22,7 +22,6 @@ from transformers.models.qwen2_vl.modeling_qwen2_vl import (
     Qwen2VisionTransformerPretrainedModel,
     Qwen2VLAttention,
     Qwen2VLDecoderLayer,
-    apply_rotary_pos_emb,
 )
 
 from qwenvl_dist.model.fused import (
@@ -32,6 +31,7 @@ from qwenvl_dist.model.fused import (
     lora_linear,
     lora_swiglu,
     rms_norm,
+    rotate,
 )
 from qwenvl_dist.model.head import TargetLossHead
 
@@ -156,7 +156,7 @@ class FusedAttention(Qwen2VLAttention):
         batch, length, width = hidden.shape
         projections = _project(hidden, (self.q_proj, self.k_proj, self.v_proj), self.calls_modules)
         q, k, v = (each.view(batch, length, -1, self.head_dim).transpose(1, 2) for each in projections)
-        q, k = apply_rotary_pos_emb(q, k, *position_embeddings)
+        q, k = rotate(q, *position_embeddings), rotate(k, *position_embeddings)
         if by_products(hidden):
             bias = causal_bias(length, q.dtype) if attention_mask is None else attention_mask[:, 0]
             mixed = attend_by_products(q, k, v, bias, self.scaling).transpose(1, 2)
@@ -204,7 +204,8 @@ def decode_rows(
 
     Nobody looks at the last layer's other rows: beyond its keys and values they are left out.
     """
-    rotary = language.rotary_emb(embeds, position_ids)
+    # Both halves of the width hold the same angles.
+    rotary = tuple(each.chunk(2, -1)[0][:, None] for each in language.rotary_emb(embeds, position_ids))
     hidden = embeds
     for layer in language.layers[:-1]:
         hidden = layer(hidden, rotary, attention_mask)

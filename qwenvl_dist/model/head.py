@@ -40,8 +40,11 @@ class _TargetLoss(Function):
         total = torch.zeros((), dtype=torch.float32, device=hidden.device)
         for_hidden = torch.empty_like(hidden) if differentiate and ctx.needs_input_grad[0] else None
         for_weight = torch.zeros_like(weight) if differentiate and ctx.needs_input_grad[1] else None
-        for start in range(0, len(targets), CHUNK_TARGETS):
-            rows = slice(start, start + CHUNK_TARGETS)
+        # Of one size: a last chunk of a few rows would read the weight twice for nearly nothing.
+        count = max(1, -(-len(targets) // CHUNK_TARGETS))
+        size = max(1, -(-len(targets) // count))
+        for start in range(0, len(targets), size):
+            rows = slice(start, start + size)
             logits = linear(hidden[rows], weight)
             total += _softmax_minus_target_(logits, targets[rows])
             if for_hidden is not None:
