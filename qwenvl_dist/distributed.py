@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qwenvl_dist.errors import UserError
+from qwenvl_dist.startup import StartUp
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -185,18 +186,21 @@ def return_freed_memory() -> None:
         ctypes.CDLL(None).mallopt(_M_MMAP_THRESHOLD, 1 << 20)
 
 
-def start(recipe: Recipe) -> Accelerator:
-    """Join the other ranks and return accelerate's handle, with DeepSpeed on. Collective.
+def start(recipe: Recipe, startup: StartUp | None = None) -> Accelerator:
+    """Join the other ranks and return accelerate's handle, with DeepSpeed on; marks its parts. Collective.
 
     Raises UserError when the world that formed is not the one that was launched: a rank that silently trains alone is
     the worst failure of all.
     """
+    startup = startup or StartUp()
     config = deepspeed_config(recipe)
     prepare_environment()
+    import deepspeed  # noqa: F401  (accelerate would import it while it joins)
     import torch
     from accelerate import Accelerator, DeepSpeedPlugin
     from accelerate.utils import DistributedType, InitProcessGroupKwargs
 
+    startup.mark("imports")
     if config["zero_optimization"]["stage"] == 3 and not torch.cuda.is_available():
         return_freed_memory()
     topology = Topology.from_environment()
@@ -224,6 +228,7 @@ def start(recipe: Recipe) -> Accelerator:
             f"launched as rank {topology.rank} of {topology.world_size}, but accelerate sees {formed[0]} processes, "
             f"torch {formed[1]}, type {accelerator.distributed_type}; launch with a file of launch/accelerate/"
         )
+    startup.mark("join")
     return accelerator
 
 

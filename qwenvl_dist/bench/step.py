@@ -31,6 +31,7 @@ from qwenvl_dist.distributed import HostGroup, Topology, start
 from qwenvl_dist.logs import get_logger
 from qwenvl_dist.model.load import resolve_base
 from qwenvl_dist.model.lora import set_activation_checkpointing
+from qwenvl_dist.startup import StartUp
 from qwenvl_dist.synthetic.scenes import write_scenes
 from qwenvl_dist.training.run import assemble, open_streams
 from qwenvl_dist.training.state import TrainState
@@ -68,18 +69,22 @@ def write_pictures(folder: Path, photos: int, side: int) -> Path:
 
 
 def measure(
-    recipe: Recipe, steps: int, compare_trainer: bool, modes: list[str], pictures: Path | None = None
+    recipe: Recipe,
+    steps: int,
+    compare_trainer: bool,
+    modes: list[str],
+    startup: StartUp,
+    pictures: Path | None = None,
 ) -> dict[str, Any]:
     """Return the report of `bench step`; `recipe` has shards, batch size and everything else.
 
     `pictures` are the shards of the Trainer where those of the recipe hold features.
     """
-    began = time.perf_counter()
-    accelerator = start(recipe)
+    accelerator = start(recipe, startup)
+    host = HostGroup(1800)
+    startup.mark("join")
     base = resolve_base(recipe.model.base)
-    joined = time.perf_counter()
-    state = assemble(recipe, accelerator, Topology.from_environment(), HostGroup(1800), base)
-    ready = time.perf_counter()
+    state = assemble(recipe, accelerator, Topology.from_environment(), host, base, startup)
     stream = endless(state.batches)
     turns = Turns()
     total = WARM_UP + steps
@@ -95,23 +100,19 @@ def measure(
             write_trainer_inputs(state, batches, total, folder / "inputs.pt")
             process = TrainerProcess(base, recipe, folder / "inputs.pt", total + 1, torch.get_num_threads())
             trainer = stack.enter_context(process)
+        startup.leave_out()  # what only the Trainer needs
         state.engine.train()
         batch = next(stream)
-        first_batch = time.perf_counter()
+        startup.mark("first_batch")
         one_step(state, batch)
-        startup = {
-            "join": joined - began,
-            "model_and_zero": ready - joined,
-            "first_batch": first_batch - ready,
-            "first_step": time.perf_counter() - first_batch,
-        }
+        startup.finish()
         if trainer:
             trainer.run(WARM_UP)
         for done in range(0, steps, BLOCK):
             take_turn(state, stream, min(BLOCK, steps - done), turns, trainer)
             log.info("%d of %d steps", min(done + BLOCK, steps), steps)
     memory = {mode: memory_of(state, batch, mode) for mode in modes}
-    return report(state, turns, memory, startup)
+    return report(state, turns, memory)
 
 
 def endless(batches: CaptionStream) -> Iterator[CaptionBatch]:
@@ -242,9 +243,7 @@ def peak_gib() -> float:
     return int(next(line.split()[1] for line in status.splitlines() if line.startswith("VmHWM"))) / 2**20
 
 
-def report(
-    state: TrainState, turns: Turns, memory: dict[str, float], startup: dict[str, float]
-) -> dict[str, Any]:
+def report(state: TrainState, turns: Turns, memory: dict[str, float]) -> dict[str, Any]:
     """Return the figures by name."""
     median = statistics.median
     step_seconds = median(turns.step_seconds)
@@ -262,7 +261,7 @@ def report(
         "useful_gflop_per_sample": sum(turns.gflop) / max(1, sum(turns.samples)),
         "loss": statistics.fmean(turns.losses),
         "memory_gib_by_checkpointing": memory,
-        "startup_seconds": startup,
+        "startup_seconds": state.startup.seconds,
         "mfu": None,
     }
     if turns.trainer_seconds:

@@ -169,10 +169,14 @@ def run_step(args: argparse.Namespace) -> int:
             make_recipe({"model": {"checkpointing": mode}, "data": {"train": "-"}}, "--checkpointing")
 
         from qwenvl_dist.bench import step
+        from qwenvl_dist.startup import StartUp
 
+        startup = StartUp()
+        startup.mark("imports")
         if args.shards is None and args.features is None:
             step.write_pictures(Path(scratch), args.photos, args.image_size)
-        report = step.measure(recipe, args.steps, args.compare == "trainer", modes, args.shards)
+            startup.leave_out()
+        report = step.measure(recipe, args.steps, args.compare == "trainer", modes, startup, args.shards)
     for key, value in report.items():
         print(f"{key:32} {value}", file=sys.stderr)
     print_result(report, args.json)

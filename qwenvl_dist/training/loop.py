@@ -57,12 +57,15 @@ def train(
     while not state.finished:
         with metrics.timer("data_seconds"):
             micro_batches = next(steps)
+        state.startup.mark("first_batch")
         target_tokens, samples = agree(state, micro_batches, result, checkpoints, history, stop)
         rate = current_learning_rate(state)
         with metrics.timer("step_seconds"):
             result = train_step(state, micro_batches, rate, target_tokens, samples)
         progress.advance(state.batches.layout.global_batch_size, state.total_samples)
         metrics.add(result)
+        if not state.startup.finished:
+            metrics.end_startup(result)
         history.consumed(progress.step, [key for batch in micro_batches for key in batch.keys])
         if census and progress.step <= CENSUS_STEPS:
             require_finite(state, result)

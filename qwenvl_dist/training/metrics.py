@@ -41,6 +41,7 @@ class Metrics:
     def __init__(self, state: TrainState, history: RunHistory) -> None:
         self.state, self.history = state, history
         self._bar: progress | None = None
+        self._startup: dict[str, float] | None = None  # until it is written
         self._reset()
 
     def __enter__(self) -> Self:
@@ -80,6 +81,19 @@ class Metrics:
         if self._bar:
             self._bar.advance()
 
+    def end_startup(self, result: StepResult) -> None:
+        """Say how long the launch took, of each part the slowest rank. Collective; waits for the device."""
+        startup = self.state.startup
+        result.losses.tolist()
+        startup.finish()
+        total = sum(startup.seconds.values())
+        slowest = self.state.host.max(total, *startup.seconds.values())
+        self._startup = dict(zip(("total", *startup.seconds), slowest, strict=True))
+        parts = ", ".join(
+            f"{part.replace('_', ' ')} {seconds:.1f}" for part, seconds in self._startup.items()
+        )
+        log.info("seconds from launch to the end of the first step: %s", parts)
+
     def log_step(self, rate: float) -> dict[str, Any]:
         """Write one line about the steps since the last one: means of loss and speed, maxima over ranks. Collective."""
         state, progress = self.state, self.state.progress
@@ -89,7 +103,7 @@ class Metrics:
         )
         norm = state.engine.get_global_grad_norm()
         wall = max(data + step, 1e-9)
-        values = {
+        values: dict[str, Any] = {
             "step": progress.step,
             "epoch": round(progress.consumed / state.identity.samples_per_epoch, 6),
             "loss": loss_sum / max(1, self._target_tokens),
@@ -103,10 +117,11 @@ class Metrics:
             "bad_samples": len(progress.bad_samples),
             "target_tokens": self._target_tokens,
         }
+        if self._startup:  # in the first line of a launch
+            values["startup_seconds"], self._startup = self._startup, None
         self.history.metrics(values)
-        state.accelerator.log(
-            {k: v for k, v in values.items() if k != "step" and v is not None}, step=progress.step
-        )
+        plain = {k: v for k, v in flat_config(values).items() if k != "step" and v is not None}
+        state.accelerator.log(plain, step=progress.step)
         left = (state.total_samples - progress.consumed) / max(self._samples / wall, 1e-9)
         total = progress.step + state.batches.layout.steps(state.total_samples - progress.consumed)
         log.info(

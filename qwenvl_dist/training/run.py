@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib.util
 import shutil
 import sys
-import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,6 +21,7 @@ from qwenvl_dist.model.fast_path import install as install_fast_path
 from qwenvl_dist.model.load import load_model, load_processor, resolve_base
 from qwenvl_dist.model.lora import make_trainable, set_activation_checkpointing, trainable_parameters
 from qwenvl_dist.model.pixels import PixelSettings
+from qwenvl_dist.startup import StartUp
 from qwenvl_dist.training.checkpoint import Checkpoints, require_shared_folder
 from qwenvl_dist.training.features import check_binding, check_frozen
 from qwenvl_dist.training.history import RunHistory, rewind
@@ -117,14 +117,22 @@ def open_streams(
 
 
 def assemble(
-    recipe: Recipe, accelerator: Accelerator, topology: Topology, host: HostGroup, base: Path
+    recipe: Recipe,
+    accelerator: Accelerator,
+    topology: Topology,
+    host: HostGroup,
+    base: Path,
+    startup: StartUp | None = None,
 ) -> TrainState:
     """Load, shard and connect everything a training step touches. Collective."""
+    startup = startup or StartUp()
     processor = load_processor(base)
     batches, validation, identity = open_streams(recipe, topology, processor, base)
+    startup.mark("data")
     plugin = accelerator.deepspeed_plugin
     assert plugin is not None
     model = build_model(recipe, base, processor, plugin.zero_stage)
+    startup.mark("model")
     trained = trainable_parameters(model)
     if batches.shards.manifest.features is not None:
         check_frozen(recipe, trained)
@@ -132,6 +140,7 @@ def assemble(
     log.info("training %.3f M parameters in %d tensors", count / 1e6, len(trained))
     optimizer = make_optimizer(model, recipe.optim, plugin.deepspeed_config)
     engine, optimizer = accelerator.prepare(model, optimizer)
+    startup.mark("zero")
     return TrainState(
         recipe=recipe,
         accelerator=accelerator,
@@ -144,6 +153,7 @@ def assemble(
         validation=validation,
         identity=identity,
         total_samples=batches.plan.total_samples,
+        startup=startup,
     )
 
 
@@ -196,16 +206,19 @@ def check_recipe_paths(recipe: Recipe) -> None:
 
 def run_training(recipe: Recipe) -> None:
     """Train as the recipe says, resuming where an earlier start left off. Collective."""
-    began = time.perf_counter()
+    startup = StartUp()
+    startup.mark("imports")
     check_recipe_paths(recipe)
-    accelerator = start(recipe)
+    startup.mark("data")
+    accelerator = start(recipe, startup)
     stop = StopSignal()
     topology = Topology.from_environment()
     host = HostGroup(recipe.train.timeout_seconds)
     run = Path(recipe.train.output_dir)
     require_shared_folder(run, host)
+    startup.mark("join")
     base = resolve_base(recipe.model.base)
-    state = assemble(recipe, accelerator, topology, host, base)
+    state = assemble(recipe, accelerator, topology, host, base, startup)
     if topology.is_main and recipe.train.resume == "never":
         set_aside_earlier_run(run)
     host.barrier()
@@ -225,7 +238,7 @@ def run_training(recipe: Recipe) -> None:
     history = RunHistory(run, topology.rank, recipe.data.ledger)
     metrics = Metrics(state, history)
     start_trackers(state)
-    log.info("ready after %.1f s", time.perf_counter() - began)
+    startup.mark("resume")
     try:
         if state.finished:
             limit = "train.epochs" if recipe.train.max_steps is None else "train.max_steps or train.epochs"

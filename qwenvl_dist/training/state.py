@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from qwenvl_dist.data.batch import BadSampleRecord
 from qwenvl_dist.data.plan import PLAN_VERSION
 from qwenvl_dist.errors import UserError
+from qwenvl_dist.startup import StartUp
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -97,6 +98,7 @@ class TrainState:
     identity: DataIdentity
     total_samples: int  # samples after which the run is finished
     progress: Progress = field(default_factory=Progress)
+    startup: StartUp = field(default_factory=StartUp)
 
     @property
     def finished(self) -> bool:

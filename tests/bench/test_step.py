@@ -132,6 +132,8 @@ def test_a_trainer_takes_turns_on_the_same_samples(scenes_base: Path, tmp_path: 
         assert report[key] > 0, key
     assert 0 <= report["data_wait_fraction"] < 1
     assert set(report["memory_gib_by_checkpointing"]) == {"all", "none"}
+    parts = ["imports", "join", "data", "model", "zero", "first_batch", "first_step"]
+    assert sorted(report["startup_seconds"]) == sorted(parts)
     # The adapters start from other random numbers, but as zero: the losses part slowly.
     assert report["losses"] == pytest.approx(report["trainer_losses"], rel=1e-2)
 

@@ -86,6 +86,16 @@ def test_losses_fall(runs) -> None:
     assert values[-1] < values[0]
 
 
+def test_the_first_line_of_a_run_says_what_its_start_took(runs) -> None:
+    first, *others = read_lines(runs("one-rank-zero2") / "metrics.jsonl")
+    seconds = first["startup_seconds"]
+    parts = {"imports", "join", "data", "model", "zero", "resume", "first_batch", "first_step"}
+    assert set(seconds) == parts | {"total"}
+    assert all(seconds[part] > 0 for part in parts)
+    assert seconds["total"] == pytest.approx(sum(seconds[part] for part in parts))
+    assert not any("startup_seconds" in line for line in others)
+
+
 @pytest.mark.parametrize(
     ("killed", "world", "accumulation", "stage"),
     [
@@ -132,5 +142,7 @@ def test_a_killed_run_goes_on_as_if_nothing_had_happened(
     assert ledger(out) == ledger(straight)
     assert losses(out) == pytest.approx(losses(straight), rel=TOLERANCE)
     assert_same_adapter(adapter(straight, 6), adapter(out, 6), 5e-5)
+    metrics = read_lines(out / "metrics.jsonl")
+    assert [line["step"] for line in metrics if "startup_seconds" in line] == [1, 4]  # one a launch
     discarded = read_lines(out / "discarded" / "metrics.jsonl")
     assert discarded and all(line["step"] > 3 for line in discarded)
