@@ -19,7 +19,6 @@ from typing import Any
 import numpy as np
 import torch
 
-from qwenvl_dist.bench.flops import StepWork, step_work
 from qwenvl_dist.bench.trainer import TrainerProcess, trainer_inputs
 from qwenvl_dist.config import Recipe
 from qwenvl_dist.data.batch import CaptionBatch, Example, collate
@@ -33,6 +32,7 @@ from qwenvl_dist.model.load import resolve_base
 from qwenvl_dist.model.lora import set_activation_checkpointing
 from qwenvl_dist.startup import StartUp
 from qwenvl_dist.synthetic.scenes import write_scenes
+from qwenvl_dist.training.mfu import base_model, usable_peak, work_of
 from qwenvl_dist.training.run import assemble, open_streams
 from qwenvl_dist.training.state import TrainState
 from qwenvl_dist.training.step import train_step
@@ -131,12 +131,6 @@ def write_trainer_inputs(state: TrainState, stream: CaptionStream, count: int, p
     torch.save(inputs + inputs[:1], path)  # one more: it waits for its turn in a step that never comes
 
 
-def base_model(state: TrainState) -> Any:
-    """Return the Qwen2-VL inside engine and adapter."""
-    module = state.engine.module
-    return module.get_base_model() if hasattr(module, "get_base_model") else module
-
-
 def one_step(state: TrainState, batch: CaptionBatch) -> float:
     """Make an optimizer step of one micro-batch; return its mean token loss. Waits for the device."""
     rate = state.recipe.optim.learning_rate
@@ -205,14 +199,6 @@ def separate_captions(batch: CaptionBatch, pad_token: int, image_token: int) -> 
     return collate(rows, rows[0], pad_token, image_token)
 
 
-def work_of(state: TrainState, batch: CaptionBatch) -> StepWork:
-    """Return what a batch takes."""
-    lora = state.recipe.lora
-    return step_work(
-        base_model(state).config, batch, lora.rank if lora else 0, lora.target_modules if lora else ()
-    )
-
-
 def memory_of(state: TrainState, batch: CaptionBatch, mode: str) -> float:
     """Return the peak memory, GiB, of a step under a checkpointing mode: of the GPU, or of the process."""
     every = state.recipe.model.model_copy(update={"checkpointing": mode}).checkpoint_every
@@ -249,6 +235,9 @@ def report(state: TrainState, turns: Turns, memory: dict[str, float]) -> dict[st
     step_seconds = median(turns.step_seconds)
     per_second = sum(turns.samples) / sum(turns.step_seconds)
     waited = sum(turns.wait_seconds)
+    peak, missing = usable_peak(state.recipe, state.accelerator.device)
+    if missing:
+        log.info("no MFU: %s", missing)
     result: dict[str, Any] = {
         "samples_per_second": per_second,
         "step_seconds": step_seconds,
@@ -262,7 +251,7 @@ def report(state: TrainState, turns: Turns, memory: dict[str, float]) -> dict[st
         "loss": statistics.fmean(turns.losses),
         "memory_gib_by_checkpointing": memory,
         "startup_seconds": state.startup.seconds,
-        "mfu": None,
+        "mfu": None if peak is None else 1e9 * sum(turns.gflop) / sum(turns.step_seconds) / peak,
     }
     if turns.trainer_seconds:
         theirs = sum(turns.samples) / sum(turns.trainer_seconds)

@@ -63,7 +63,7 @@ def train(
         with metrics.timer("step_seconds"):
             result = train_step(state, micro_batches, rate, target_tokens, samples)
         progress.advance(state.batches.layout.global_batch_size, state.total_samples)
-        metrics.add(result)
+        metrics.add(result, micro_batches)
         if not state.startup.finished:
             metrics.end_startup(result)
         history.consumed(progress.step, [key for batch in micro_batches for key in batch.keys])

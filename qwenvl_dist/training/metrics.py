@@ -7,14 +7,16 @@ import resource
 import sys
 import time
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any, Self
 
 import torch
 
 from qwenvl_dist.logs import get_logger, progress
+from qwenvl_dist.training.mfu import usable_peak, work_of
 
 if TYPE_CHECKING:
+    from qwenvl_dist.data.batch import CaptionBatch
     from qwenvl_dist.training.history import RunHistory
     from qwenvl_dist.training.state import TrainState
     from qwenvl_dist.training.step import StepResult
@@ -42,6 +44,10 @@ class Metrics:
         self.state, self.history = state, history
         self._bar: progress | None = None
         self._startup: dict[str, float] | None = None  # until it is written
+        device = state.accelerator.device
+        self._peak_flops, missing = usable_peak(state.recipe, device)
+        if missing and device.type == "cuda":
+            log.info("no MFU: %s", missing)
         self._reset()
 
     def __enter__(self) -> Self:
@@ -61,7 +67,7 @@ class Metrics:
     def _reset(self) -> None:
         self._seconds: dict[str, float] = defaultdict(float)
         self._losses: list[torch.Tensor] = []
-        self._target_tokens = self._samples = self._steps = 0
+        self._target_tokens = self._samples = self._steps = self._flops = 0
 
     @contextlib.contextmanager
     def timer(self, name: str) -> Iterator[None]:
@@ -72,12 +78,14 @@ class Metrics:
         finally:
             self._seconds[name] += time.perf_counter() - start
 
-    def add(self, result: StepResult) -> None:
-        """Count one finished step."""
+    def add(self, result: StepResult, micro_batches: Sequence[CaptionBatch]) -> None:
+        """Count one finished step; its micro-batches are still on the host."""
         self._losses.append(result.losses.sum())
         self._target_tokens += result.target_tokens
         self._samples += result.samples
         self._steps += 1
+        if self._peak_flops:
+            self._flops += sum(work_of(self.state, batch).flops for batch in micro_batches)
         if self._bar:
             self._bar.advance()
 
@@ -97,7 +105,8 @@ class Metrics:
     def log_step(self, rate: float) -> dict[str, Any]:
         """Write one line about the steps since the last one: means of loss and speed, maxima over ranks. Collective."""
         state, progress = self.state, self.state.progress
-        loss_sum = sum(state.host.gather(torch.stack(self._losses).double().sum().item()))
+        loss = torch.stack(self._losses).double().sum().item()
+        losses, flops, peaks = zip(*state.host.gather((loss, self._flops, self._peak_flops)), strict=True)
         data, step, peak = state.host.max(
             self._seconds["data_seconds"], self._seconds["step_seconds"], peak_memory_gib()
         )
@@ -106,7 +115,7 @@ class Metrics:
         values: dict[str, Any] = {
             "step": progress.step,
             "epoch": round(progress.consumed / state.identity.samples_per_epoch, 6),
-            "loss": loss_sum / max(1, self._target_tokens),
+            "loss": sum(losses) / max(1, self._target_tokens),
             "learning_rate": rate,
             "grad_norm": float(norm) if norm is not None else None,
             "samples_per_second": self._samples / wall,
@@ -117,6 +126,8 @@ class Metrics:
             "bad_samples": len(progress.bad_samples),
             "target_tokens": self._target_tokens,
         }
+        if all(peaks):
+            values["mfu"] = sum(flops) / wall / sum(peaks)
         if self._startup:  # in the first line of a launch
             values["startup_seconds"], self._startup = self._startup, None
         self.history.metrics(values)

@@ -10,11 +10,12 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from qwenvl_dist.__main__ import main
-from qwenvl_dist.bench import flops, step
+from qwenvl_dist.bench import step
 from qwenvl_dist.config import PROJECTIONS, LoraConfig, ModelConfig
 from qwenvl_dist.data.batch import CaptionBatch, Example, collate
 from qwenvl_dist.data.images import ImageSizeRule
 from qwenvl_dist.data.stream import SampleEncoder
+from qwenvl_dist.model import flops
 from qwenvl_dist.model.fast_path import install
 from qwenvl_dist.model.load import load_model
 from qwenvl_dist.model.lora import make_trainable
