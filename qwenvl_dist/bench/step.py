@@ -7,7 +7,6 @@ and each step is set beside its own matrix products, timed before and after it: 
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import statistics
 import tempfile
 import time
@@ -19,6 +18,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from qwenvl_dist.bench.memory import TensorBytes, peak_gib, reset_peak
 from qwenvl_dist.bench.trainer import TrainerProcess, trainer_inputs
 from qwenvl_dist.config import Recipe
 from qwenvl_dist.data.batch import CaptionBatch, Example, collate
@@ -87,6 +87,7 @@ def measure(
     state = assemble(recipe, accelerator, Topology.from_environment(), host, base, startup)
     stream = endless(state.batches)
     turns = Turns()
+    own_mode = recipe.model.checkpointing
     total = WARM_UP + steps
     with contextlib.ExitStack() as stack:
         trainer = None
@@ -111,7 +112,8 @@ def measure(
         for done in range(0, steps, BLOCK):
             take_turn(state, stream, min(BLOCK, steps - done), turns, trainer)
             log.info("%d of %d steps", min(done + BLOCK, steps), steps)
-    memory = {mode: memory_of(state, batch, mode) for mode in modes}
+    # All of them give the same step: what differs is what is kept for the backward pass.
+    memory = {mode: memory_of(state, batch, mode) for mode in dict.fromkeys([*modes, own_mode])}
     return report(state, turns, memory)
 
 
@@ -199,37 +201,36 @@ def separate_captions(batch: CaptionBatch, pad_token: int, image_token: int) -> 
     return collate(rows, rows[0], pad_token, image_token)
 
 
-def memory_of(state: TrainState, batch: CaptionBatch, mode: str) -> float:
-    """Return the peak memory, GiB, of a step under a checkpointing mode: of the GPU, or of the process."""
+@dataclass(frozen=True)
+class StepMemory:
+    """What a step takes, GiB; None where the GPU has less than that."""
+
+    peak: float | None = None  # of the GPU or process, weights included
+    kept: float | None = None  # made in the forward pass and held when it ends, for the backward pass
+
+
+def memory_of(state: TrainState, batch: CaptionBatch, mode: str) -> StepMemory:
+    """Return what a step takes under a checkpointing mode."""
     every = state.recipe.model.model_copy(update={"checkpointing": mode}).checkpoint_every
     set_activation_checkpointing(base_model(state), every)
+    made, kept = TensorBytes(), []
+    handle = state.engine.module.register_forward_hook(lambda *_: kept.append(made.now))
     reset_peak()
-    one_step(state, batch)
-    peak = peak_gib()
-    set_activation_checkpointing(base_model(state), state.recipe.model.checkpoint_every)
-    return peak
+    try:
+        with made:
+            one_step(state, batch)
+        return StepMemory(peak_gib(), kept[0] / 2**30)
+    except torch.OutOfMemoryError:
+        if state.topology.world_size > 1:  # the others wait in a collective
+            raise
+        log.warning("model.checkpointing = %s: out of memory", mode)
+        return StepMemory()
+    finally:
+        handle.remove()
+        set_activation_checkpointing(base_model(state), state.recipe.model.checkpoint_every)
 
 
-def reset_peak() -> None:
-    """Forget earlier peaks."""
-    if torch.cuda.is_available():
-        torch.cuda.reset_peak_memory_stats()
-        return
-    with contextlib.suppress(OSError, AttributeError):
-        ctypes.CDLL(None).malloc_trim(0)  # else what earlier steps have freed still counts (glibc)
-    with contextlib.suppress(OSError):
-        Path("/proc/self/clear_refs").write_text("5")
-
-
-def peak_gib() -> float:
-    """Return the largest memory held since `reset_peak`."""
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated() / 2**30
-    status = Path("/proc/self/status").read_text()
-    return int(next(line.split()[1] for line in status.splitlines() if line.startswith("VmHWM"))) / 2**20
-
-
-def report(state: TrainState, turns: Turns, memory: dict[str, float]) -> dict[str, Any]:
+def report(state: TrainState, turns: Turns, memory: dict[str, StepMemory]) -> dict[str, Any]:
     """Return the figures by name."""
     median = statistics.median
     step_seconds = median(turns.step_seconds)
@@ -243,13 +244,14 @@ def report(state: TrainState, turns: Turns, memory: dict[str, float]) -> dict[st
         "step_seconds": step_seconds,
         "matrix_rate_share": median(turns.shares),
         "data_wait_fraction": waited / (waited + sum(turns.step_seconds)),
-        "peak_memory_gib": max(memory.values()) if memory else peak_gib(),
+        "peak_memory_gib": memory[state.recipe.model.checkpointing].peak,
         "trainer_samples_per_second": None,
         "ratio": None,
         "matrix_gflop_per_second": median(turns.rates),
         "useful_gflop_per_sample": sum(turns.gflop) / max(1, sum(turns.samples)),
         "loss": statistics.fmean(turns.losses),
-        "memory_gib_by_checkpointing": memory,
+        "memory_gib_by_checkpointing": {mode: each.peak for mode, each in memory.items()},
+        "kept_gib_by_checkpointing": {mode: each.kept for mode, each in memory.items()},
         "startup_seconds": state.startup.seconds,
         "mfu": None if peak is None else 1e9 * sum(turns.gflop) / sum(turns.step_seconds) / peak,
     }

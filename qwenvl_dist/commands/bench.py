@@ -119,9 +119,10 @@ def _add_step(kinds: argparse._SubParsersAction) -> None:
     )
     step.add_argument(
         "--checkpointing",
-        default="",
+        default="all,every_2,none",
         metavar="MODES",
-        help="measure the peak memory of each of these, such as all,every_2,none",
+        help="measure the memory of a step under each of these as model.checkpointing "
+        "(default: all,every_2,none)",
     )
     step.add_argument("--json", action="store_true", help="print one JSON object on the last line of stdout")
     step.add_argument(

@@ -119,7 +119,7 @@ def run_bench(base: str, out: str, arguments: list[str]) -> None:
 @pytest.mark.slow
 @pytest.mark.dist
 def test_a_trainer_takes_turns_on_the_same_samples(scenes_base: Path, tmp_path: Path) -> None:
-    arguments = ["--compare", "trainer", "--checkpointing", "all,none", "lora.dropout=0.0"]
+    arguments = ["--compare", "trainer", "lora.dropout=0.0"]
     options = {"base": str(scenes_base), "out": str(tmp_path / "out"), "arguments": arguments}
     run_ranks("tests.bench.test_step:run_bench", 1, timeout=240, **options)
     report = json.loads((tmp_path / "out").read_text())
@@ -132,7 +132,9 @@ def test_a_trainer_takes_turns_on_the_same_samples(scenes_base: Path, tmp_path: 
     ):
         assert report[key] > 0, key
     assert 0 <= report["data_wait_fraction"] < 1
-    assert set(report["memory_gib_by_checkpointing"]) == {"all", "none"}
+    assert report["memory_gib_by_checkpointing"]["none"] == report["peak_memory_gib"] > 0
+    kept = report["kept_gib_by_checkpointing"]
+    assert 0 < kept["all"] < kept["every_2"] < kept["none"]
     parts = ["imports", "join", "data", "model", "zero", "first_batch", "first_step"]
     assert sorted(report["startup_seconds"]) == sorted(parts)
     # The adapters start from other random numbers, but as zero: the losses part slowly.
