@@ -39,7 +39,7 @@ class ModelConfig(_Section):
     """Which base, and how it computes."""
 
     base: str = "Qwen/Qwen2-VL-2B-Instruct"  # a folder in hub layout, or a hub id
-    attention: Literal["auto", "sdpa", "flash_attention_2"] = "auto"
+    attention: Literal["auto", "sdpa", "flash_attention_2", "flex_attention"] = "auto"
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
     checkpointing: str = (
         "none"  # activation checkpointing of language layers: none | every_k | every_<n> | all
@@ -243,6 +243,11 @@ class Recipe(_Section):
             raise ValueError(
                 "data.captions_mode = each needs a mask, which flash_attention_2 does not take; "
                 "set model.attention to auto or sdpa, or captions_mode to join"
+            )
+        if self.data.captions_mode != "each" and self.model.attention == "flex_attention":
+            raise ValueError(
+                "model.attention = flex_attention is for the mask of data.captions_mode = each; "
+                "set model.attention to auto, or captions_mode to each"
             )
         if self.lora is None and not self.model.train:
             raise ValueError(

@@ -63,7 +63,12 @@ class Qwen2VLForCaptionLoss(Qwen2VLForConditionalGeneration):
         embeds = self.input_embeddings(batch)
         language = self.model.language_model
         # Without segments no mask: sequences are padded on the right, attention is causal, no target sits on padding.
-        mask = None if batch.segments is None else segment_mask(batch.segments, embeds.dtype)
+        mask: Any = None
+        if language.config._attn_implementation == "flex_attention":  # attends to all without a mask
+            segments = torch.zeros_like(batch.input_ids) if batch.segments is None else batch.segments
+            mask = segment_blocks(segments)
+        elif batch.segments is not None:
+            mask = segment_mask(batch.segments, embeds.dtype)
         if is_fused(language):
             return decode_rows(language, embeds, batch.position_ids, batch.target_positions, mask)
         hidden = language(
@@ -87,6 +92,18 @@ def segment_mask(segments: Tensor, dtype: torch.dtype) -> Tensor:
     allowed = ((keys == 0) | (keys == queries)).tril()
     mask = torch.zeros(allowed.shape, dtype=dtype, device=segments.device)
     return mask.masked_fill_(~allowed, -torch.inf)[:, None]
+
+
+def segment_blocks(segments: Tensor) -> Any:
+    """Return `segment_mask` for FlexAttention, which leaves out blocks of 128 by 128 that nobody looks at."""
+    from torch.nn.attention.flex_attention import create_block_mask
+
+    def allowed(row: Tensor, _head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        own = (segments[row, key] == 0) | (segments[row, key] == segments[row, query])
+        return own & (query >= key)
+
+    rows, length = segments.shape
+    return create_block_mask(allowed, rows, None, length, length, device=segments.device)
 
 
 # transformers looks up by class name how hub names become run-time names; a subclass unknown there would keep its

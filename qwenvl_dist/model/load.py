@@ -83,7 +83,22 @@ def choose_attention(wanted: str) -> str:
             "model.attention = flash_attention_2: the package flash-attn or a GPU is missing here; "
             "install it, or use auto or sdpa"
         )
+    if wanted == "flex_attention":
+        from transformers.utils import is_torch_flex_attn_available
+
+        if not (
+            torch.cuda.is_available() and is_torch_flex_attn_available()
+        ):  # on a CPU it has no backward pass
+            raise UserError(
+                "model.attention = flex_attention: needs a GPU and a torch that has it; use auto or sdpa"
+            )
+        return wanted
     return "flash_attention_2" if wanted != "sdpa" and installed else "sdpa"
+
+
+def use_flex_attention(model: Any) -> None:
+    """Let the language model attend by FlexAttention, through transformers; the tower has no mask and keeps sdpa."""
+    model.model.language_model.config._attn_implementation = "flex_attention"
 
 
 def load_model(folder: Path, config: ModelConfig) -> Qwen2VLForCaptionLoss:
@@ -102,6 +117,10 @@ def load_model(folder: Path, config: ModelConfig) -> Qwen2VLForCaptionLoss:
     else:
         load = _load_whole
     try:
+        if attention == "flex_attention":
+            model = load(folder, dtype, "sdpa")
+            use_flex_attention(model)
+            return model
         return load(folder, dtype, attention)
     except UserError as error:
         raise UserError(f"model.base = {folder}: {error}") from error

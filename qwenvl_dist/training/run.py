@@ -47,7 +47,7 @@ def build_model(recipe: Recipe, base: Path, processor: Any, zero_stage: int) -> 
     if not (sys.stderr.isatty() and Topology.from_environment().is_main):
         transformers.utils.logging.disable_progress_bar()
     config = recipe.model
-    if recipe.data.captions_mode == "each":
+    if recipe.data.captions_mode == "each" and config.attention == "auto":
         config = config.model_copy(update={"attention": "sdpa"})  # FlashAttention 2 takes no mask
     model = load_model(base, config)
     # Under ZeRO-3 each weight must have been partitioned as it was read; a whole model would show as memory only.

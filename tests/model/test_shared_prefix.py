@@ -10,8 +10,10 @@ import torch
 from qwenvl_dist.data.batch import Example, collate
 from qwenvl_dist.data.chat import IGNORE, TooLong
 from qwenvl_dist.data.stream import SampleEncoder
+from qwenvl_dist.errors import UserError
 from qwenvl_dist.model import fast_path
-from qwenvl_dist.model.forward import segment_mask
+from qwenvl_dist.model.forward import segment_blocks, segment_mask
+from qwenvl_dist.model.load import choose_attention, use_flex_attention
 from qwenvl_dist.model.lora import set_activation_checkpointing
 from qwenvl_dist.model.pixels import PixelSettings
 from tests.model.made_batches import CONFIG, LORA, batch_of, gradients, loss_model
@@ -71,6 +73,53 @@ def test_captions_behind_one_prefix_learn_what_separate_samples_do(
         torch.testing.assert_close(found[name] / scale, gradient / scale, rtol=1e-5, atol=1e-5, msg=name)
 
 
+@pytest.mark.parametrize("mode", ["plain", "fused", "partitioned"])
+@pytest.mark.parametrize("captions", [CAPTIONS, CAPTIONS[:1]])
+def test_flex_attention_gives_the_loss_of_sdpa(
+    scenes_base: Path,
+    settings: PixelSettings,
+    encoder: SampleEncoder,
+    monkeypatch: pytest.MonkeyPatch,
+    mode: str,
+    captions: tuple[str, ...],
+) -> None:
+    """Forward alone, and not compiled: FlexAttention has no backward pass on CPUs."""
+    flex = pytest.importorskip("torch.nn.attention.flex_attention")
+    calls = []
+
+    def eager(*arguments: Any, training: bool, **options: Any) -> torch.Tensor:
+        calls.append(options["block_mask"])
+        return flex.flex_attention(*arguments, **options)
+
+    monkeypatch.setattr("transformers.integrations.flex_attention.compile_friendly_flex_attention", eager)
+    one, two = photo(encoder, 1, captions)[0], photo(encoder, 2, captions)[0]
+    batch = batch_of(encoder, one, encoder.dummy, two)
+    assert (batch.segments is None) == (len(captions) == 1)
+    model = loss_model(scenes_base, LORA, CONFIG, pixel_settings=settings)
+    base = model.get_base_model()
+    if mode != "plain":
+        fast_path.install(base, mode == "partitioned")
+    with torch.no_grad():
+        expected = model(batch=batch)
+        assert not calls
+        use_flex_attention(base)
+        found = model(batch=batch)
+    assert len(calls) == len(base.model.language_model.layers) and all(mask is not None for mask in calls)
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_a_block_mask_shows_what_the_dense_one_does() -> None:
+    pytest.importorskip("torch.nn.attention.flex_attention")
+    lengths = torch.tensor([[120, 150, 30], [300, 0, 0]])  # prefix, first answer, second answer
+    segments = torch.stack([torch.arange(3).repeat_interleave(row) for row in lengths])
+    blocks, dense = segment_blocks(segments), segment_mask(segments, torch.float32)
+    at = torch.arange(300)
+    for row in range(2):
+        shown = blocks.mask_mod(torch.tensor(row), torch.tensor(0), at[:, None], at[None, :])
+        assert torch.equal(shown, dense[row, 0] == 0)
+    assert blocks.to_dense()[0, 0].tolist() == [[1, 0, 0], [1, 1, 0], [1, 1, 1]]
+
+
 def test_a_caption_has_the_tokens_and_positions_it_has_alone(encoder: SampleEncoder) -> None:
     shared, alone = photo(encoder, 0, CAPTIONS)
     chat = shared.chat
@@ -112,3 +161,9 @@ def test_captions_that_do_not_fit_together_are_too_long(encoder: SampleEncoder) 
 def test_a_batch_without_shared_prefixes_has_no_mask(encoder: SampleEncoder) -> None:
     _, alone = photo(encoder, 0, CAPTIONS)
     assert collate(alone, encoder.dummy, encoder.chat.pad_token, encoder.chat.image_token).segments is None
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU can run it")
+def test_flex_attention_without_a_gpu_is_refused() -> None:
+    with pytest.raises(UserError, match=r"^model\.attention = flex_attention: needs a GPU"):
+        choose_attention("flex_attention")
