@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 def make_optimizer(
     model: torch.nn.Module, config: OptimConfig, deepspeed: dict[str, Any]
 ) -> torch.optim.Optimizer:
-    """Return AdamW over what trains; weight decay skips vectors (biases, norms, DoRA's magnitudes).
+    """Return fused AdamW over what trains; weight decay skips vectors (biases, norms, DoRA's magnitudes).
 
     A group's `rate_factor` is its share of the learning rate that the schedule gives. With the optimizer offloaded to
     the host, DeepSpeed's vectorised CPU Adam takes its place.
@@ -49,9 +49,7 @@ def make_optimizer(
         from deepspeed.ops.adam import DeepSpeedCPUAdam
 
         return DeepSpeedCPUAdam(groups, lr=config.learning_rate, betas=config.betas, adamw_mode=True)
-    return torch.optim.AdamW(
-        groups, lr=config.learning_rate, betas=config.betas, fused=torch.cuda.is_available()
-    )
+    return torch.optim.AdamW(groups, lr=config.learning_rate, betas=config.betas, fused=True)
 
 
 def learning_rate(config: OptimConfig, consumed: int, per_step: int, total: int) -> float:

@@ -127,6 +127,62 @@ def test_each_part_learns_at_its_own_rate(
     run_ranks("tests.training.test_step:run_rates_check", 1, timeout=TIMEOUT, recipe=str(recipe))
 
 
+def run_fused_check(recipe: str) -> None:
+    """One rank: each step of each partition, beside the same step of the AdamW that is not fused."""
+    state = state_of(recipe)
+    adam = state.engine.optimizer.optimizer
+    assert type(adam) is torch.optim.AdamW  # DeepSpeed took ours, and no untested one
+    plain: dict[int, tuple[torch.nn.Parameter, torch.optim.AdamW]] = {}
+    compared = 0
+
+    def partitions() -> list[tuple[dict[str, Any], torch.Tensor]]:
+        return [(group, p) for group in adam.param_groups for p in group["params"] if p.grad is not None]
+
+    def copy_inputs(*_: Any) -> None:
+        for group, partition in partitions():
+            assert group["fused"]
+            if id(partition) not in plain:
+                copy = torch.nn.Parameter(partition.detach().clone())
+                options = {key: group[key] for key in ("betas", "eps", "weight_decay")}
+                plain[id(partition)] = copy, torch.optim.AdamW([copy], fused=False, foreach=False, **options)
+            copy, optimizer = plain[id(partition)]
+            copy.grad = partition.grad.clone()  # type: ignore[union-attr]
+            optimizer.param_groups[0]["lr"] = group["lr"]
+
+    def compare(*_: Any) -> None:
+        nonlocal compared
+        for _, partition in partitions():
+            copy, optimizer = plain[id(partition)]
+            optimizer.step()
+            torch.testing.assert_close(partition.detach(), copy.detach(), rtol=1e-6, atol=1e-7)
+            compared += 1
+
+    adam.register_step_pre_hook(copy_inputs)
+    adam.register_step_post_hook(compare)
+    state.engine.train()
+    for _ in range(3):
+        one_step(state, 1e-2)
+    assert compared == 3 * len(plain) > 0
+    state.accelerator.end_training()
+
+
+@pytest.mark.parametrize("stage", [2, 3])
+def test_deepspeed_steps_our_fused_adam_as_the_plain_one(
+    tmp_path: Path, scenes_base: Path, scene_shards: Path, stage: int
+) -> None:
+    recipe = write_recipe(
+        tmp_path / "recipe.yaml",
+        scenes_base,
+        scene_shards,
+        tmp_path / "run",
+        stage,
+        optim={"weight_decay": 0.1},
+        train={"grad_accum_steps": 1},
+        data={"workers": 0},
+    )
+    run_ranks("tests.training.test_step:run_fused_check", 2, timeout=TIMEOUT, recipe=str(recipe))
+
+
 def run_refusal(recipe: str) -> None:
     """One rank: a rate for what does not train."""
     from qwenvl_dist.errors import UserError
