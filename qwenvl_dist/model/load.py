@@ -84,7 +84,7 @@ def choose_attention(wanted: str) -> str:
             "install it, or use auto or sdpa"
         )
     if wanted == "flex_attention":
-        from transformers.utils import is_torch_flex_attn_available
+        from transformers.utils.import_utils import is_torch_flex_attn_available
 
         if not (
             torch.cuda.is_available() and is_torch_flex_attn_available()
