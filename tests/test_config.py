@@ -120,6 +120,8 @@ def test_contradictory_sections_are_refused_with_both_sides_named(tmp_path: Path
     assert "nothing would train: lora is null and model.train is empty; name parts of vision" in nothing
     ratio = error_of(tmp_path, DATA + "lora: null\nmodel: {train: [merger]}\noptim: {lora_plus_ratio: 16}\n")
     assert "optim.lora_plus_ratio is 16, but lora is null" in ratio and "drop the ratio" in ratio
+    flex = error_of(tmp_path, DATA + "model: {attention: flex_attention}\n")
+    assert "flex_attention is for the mask of data.captions_mode = each" in flex and "auto" in flex
     both = error_of(tmp_path, DATA + "model: {train: [language]}\n")
     assert "model.train names `language` while lora is on" in both and "write `lora: null`" in both
 
