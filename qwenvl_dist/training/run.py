@@ -239,6 +239,7 @@ def run_training(recipe: Recipe) -> None:
     metrics = Metrics(state, history)
     start_trackers(state)
     startup.mark("resume")
+    log.info("ready after %.1f s", sum(startup.seconds.values()))
     try:
         if state.finished:
             limit = "train.epochs" if recipe.train.max_steps is None else "train.max_steps or train.epochs"
