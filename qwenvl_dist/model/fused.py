@@ -246,10 +246,10 @@ class _Rotate(Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, /, *grads: Tensor) -> Any:  # type: ignore[override]
-        (grad,) = grads
+        grad, (cos, sin) = grads[0], ctx.saved_tensors
         batch, heads, length, width = grad.shape
         rows = grad.new_empty(batch, length, heads, width).transpose(1, 2)  # as the projection made them
-        return _turn(grad, *ctx.saved_tensors, -1, rows), None, None
+        return _turn(grad, cos, sin, -1, rows), None, None
 
 
 def _turn(x: Tensor, cos: Tensor, sin: Tensor, direction: int, into: Tensor) -> Tensor:

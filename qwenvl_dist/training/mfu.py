@@ -15,10 +15,9 @@ if TYPE_CHECKING:
     from qwenvl_dist.data.batch import CaptionBatch
     from qwenvl_dist.training.state import TrainState
 
-# Dense bf16 products summed in float32, TFLOP/s, by torch's name of the device after "NVIDIA", "Tesla" or "GeForce".
-# From NVIDIA's data sheets of each card, which give twice the figure (with sparsity) for Hopper, and for RTX cards
-# from the appendices of its GA102 and Ada white papers. V100 and T4 have float16 in these units alone: bf16 on them
-# is far from this rate.
+# Dense bf16 products summed in float32, TFLOP/s, by torch's name of the device after "NVIDIA", "Tesla" or "GeForce":
+# what NVIDIA publishes for each card (half of it where sparsity is counted), not measured. V100 and T4 have float16 in
+# these units alone: bf16 on them is far from this rate.
 _PEAK_TFLOPS = (
     (r"H200", 989.4),
     (r"H200 NVL", 835.5),
