@@ -31,3 +31,9 @@ def sha256_of(path: Path) -> str:
     """Return the sha256 of a file, in hex."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def file_state(path: Path) -> tuple[str, int, int]:
+    """Return name, size and the time of the last change of any kind, which no program can set back."""
+    state = path.stat()
+    return path.name, state.st_size, state.st_ctime_ns

@@ -19,13 +19,14 @@ from qwenvl_dist.model.names import PEFT_PREFIX, SAVED_COPY, hub_name, runtime_n
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 _TENSOR_NAME = re.compile(
-    r"(?P<module>.+)\.lora_(?P<part>[AB](?=.*\.weight)|magnitude_vector)(?:\.default)?(?:\.weight)?"
+    r"(?P<module>.+)\.lora_(?:(?P<side>[AB])(?:\.default)?\.weight|(?P<bias>B)(?:\.default)?\.bias"
+    r"|(?P<other>embedding_[AB]|magnitude_vector)(?:\.default)?(?:\.weight)?)"
 )
 
 # What this merge is right for: these keys it uses or need not know ...
 _KNOWN_KEYS = {
     "alpha_pattern", "auto_mapping", "base_model_name_or_path", "ensure_weight_tying", "exclude_modules",
-    "inference_mode", "init_lora_weights", "layers_pattern", "layers_to_transform", "lora_alpha",
+    "inference_mode", "init_lora_weights", "layers_pattern", "layers_to_transform", "lora_alpha", "lora_bias",
     "lora_dropout", "megatron_core", "modules_to_save", "peft_type", "peft_version", "qalora_group_size", "r",
     "rank_pattern", "revision", "runtime_config", "target_modules", "task_type", "use_dora", "use_rslora",
 }  # fmt: skip
@@ -45,11 +46,21 @@ class LoraDelta:
     lora_b: torch.Tensor  # (out, rank) float32
     scaling: float
     magnitude: torch.Tensor | None = None  # (out,) float32
+    bias: torch.Tensor | None = (
+        None  # (out,) float32, of lora_B: `scaling * bias` is added to the module's own
+    )
+    embedding: bool = False  # of an embedding, which peft keeps transposed and by other names
+    vector: bool = False  # what `of_bias` gives
 
     @property
-    def shape(self) -> tuple[int, int]:
-        """Shape of the weight it belongs to."""
-        return self.lora_b.shape[0], self.lora_a.shape[1]
+    def shape(self) -> tuple[int, ...]:
+        """Shape of the weight, or of the bias, that it belongs to."""
+        return (self.lora_b.shape[0],) if self.vector else (self.lora_b.shape[0], self.lora_a.shape[1])
+
+    def of_bias(self) -> "LoraDelta":
+        """Return what is added to the module's bias."""
+        assert self.bias is not None
+        return LoraDelta(torch.ones(1, 1), self.bias[:, None], self.scaling, vector=True)
 
     def norm(self) -> float:
         """Return the Frobenius norm of the whole product: ||B A||^2 = sum((B^T B) * (A A^T))."""
@@ -58,8 +69,14 @@ class LoraDelta:
 
     def tensors(self) -> dict[str, torch.Tensor]:
         """Return what peft's folder holds, by the end of its name."""
-        pair = {"lora_A.weight": self.lora_a, "lora_B.weight": self.lora_b}
-        return pair if self.magnitude is None else {**pair, "lora_magnitude_vector": self.magnitude}
+        if self.embedding:
+            return {"lora_embedding_A": self.lora_b.T, "lora_embedding_B": self.lora_a.T}
+        optional = {"lora_magnitude_vector": self.magnitude, "lora_B.bias": self.bias}
+        return {
+            "lora_A.weight": self.lora_a,
+            "lora_B.weight": self.lora_b,
+            **{end: tensor for end, tensor in optional.items() if tensor is not None},
+        }
 
 
 @dataclass(frozen=True)
@@ -143,16 +160,17 @@ def _by_pattern(patterns: dict[str, Any] | None, module: str, default: Any) -> A
 
 
 def split_name(name: str) -> tuple[str, str] | None:
-    """Return the module, as it was called, and the part, `A`, `B` or `magnitude_vector`, of an adapter's tensor.
+    """Return the module, as it was called, and the part of an adapter's tensor; None for other tensors.
 
-    None for other tensors.
+    A part is `A`, `B`, `bias`, `embedding_A`, `embedding_B` or `magnitude_vector`.
 
     Raises:
         UserError: the tensor belongs to another kind of adapter.
     """
     match = _TENSOR_NAME.fullmatch(name)
     if match:
-        return match["module"].removeprefix(PEFT_PREFIX), match["part"]
+        part = "bias" if match["bias"] else match["side"] or match["other"]
+        return match["module"].removeprefix(PEFT_PREFIX), part
     if ".lora_" in name or ".modules_to_save." in name.replace(SAVED_COPY, "."):
         raise UserError(
             f"adapter tensor {name} is not lora_A, lora_B or magnitude of one adapter; merge it with peft"
@@ -187,25 +205,36 @@ def pair_up(tensors: dict[str, torch.Tensor], config: LoraConfig, source: Path) 
         adapters[module][part] = tensor.to(torch.float32)
         names[module] = split[0]
     deltas = {}
-    due = {"A", "B", "magnitude_vector"} if config.use_dora else {"A", "B"}
     for module, parts in adapters.items():
+        embedding = "embedding_A" in parts or "embedding_B" in parts
+        due = {"embedding_A", "embedding_B"} if embedding else {"A", "B"}
+        due |= {"magnitude_vector"} if config.use_dora else set()
+        due |= {"bias"} if config.raw.get("lora_bias") else set()
+        if embedding and config.use_dora:
+            raise UserError(
+                f"{source}: {module} is an embedding under DoRA, not supported; merge it with peft"
+            )
         if set(parts) != due:
             raise UserError(
                 f"{source}: {module} has only lora_{', lora_'.join(sorted(parts))}; with use_dora = "
-                f"{str(config.use_dora).lower()} due are lora_{', lora_'.join(sorted(due))}"
+                f"{str(config.use_dora).lower()} and lora_bias = {str(bool(config.raw.get('lora_bias'))).lower()} "
+                f"due are lora_{', lora_'.join(sorted(due))}"
             )
+        if embedding:
+            parts |= {"A": parts["embedding_B"].T.contiguous(), "B": parts["embedding_A"].T.contiguous()}
         a, b, rank = parts["A"], parts["B"], config.rank(names[module])
         if a.ndim != 2 or b.ndim != 2 or not a.shape[0] == b.shape[1] == rank:
             raise UserError(
                 f"{source}: {module} has lora_A {list(a.shape)} and lora_B {list(b.shape)}, "
                 f"the config says rank {rank}"
             )
-        magnitude = parts.get("magnitude_vector")
-        if magnitude is not None and magnitude.shape != b.shape[:1]:
-            raise UserError(
-                f"{source}: {module} has {b.shape[0]} rows and a magnitude vector of {list(magnitude.shape)}"
-            )
-        deltas[module] = LoraDelta(a, b, config.scaling(names[module]), magnitude)
+        magnitude, bias = parts.get("magnitude_vector"), parts.get("bias")
+        for what, vector in (("a magnitude vector", magnitude), ("a bias of lora_B", bias)):
+            if vector is not None and vector.shape != b.shape[:1]:
+                raise UserError(
+                    f"{source}: {module} has {b.shape[0]} rows and {what} of {list(vector.shape)}"
+                )
+        deltas[module] = LoraDelta(a, b, config.scaling(names[module]), magnitude, bias, embedding)
     if not deltas:
         raise UserError(f"{source} holds no adapter tensor")
     return deltas
@@ -282,6 +311,7 @@ def write_peft_folder(
                 block = parameter.elements(start, min(COPY_BYTES // 4, counts[name] - start))
                 writer.write(block.numpy().data.cast("B"), offset)
                 offset += 4 * len(block)
+        writer.finish()
     (folder / ADAPTER_CONFIG).write_text(
         json.dumps({**raw_config, "inference_mode": True}, indent=2, sort_keys=True) + "\n", encoding="utf-8"
     )

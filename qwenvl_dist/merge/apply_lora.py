@@ -6,6 +6,7 @@ in float32 with one rounding to the output's type. W is the base's weight, or th
 each row of the sum is scaled to its magnitude before the rounding.
 """
 
+import math
 import os
 import re
 from collections.abc import Iterator
@@ -22,7 +23,7 @@ from qwenvl_dist.model.base_folder import BaseFolder, TensorEntry
 from qwenvl_dist.model.names import EMBEDDING, LM_HEAD, hub_name, runtime_name
 
 TORCH_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-BLOCK_ELEMENTS = 1 << 18  # 1 MiB in float32: a block stays in the cache through all its operations
+BLOCK_ELEMENTS = 1 << 17  # 512 KiB in float32: a block stays in the cache through all its operations
 
 
 @dataclass(frozen=True)
@@ -70,6 +71,7 @@ def make_plan(base: BaseFolder, trained: Trained, dtype: str | None) -> dict[str
     if base.config.get("quantization_config"):
         raise UserError(f"{base.path} is quantised; merge into the base that it was made from")
     by_tensor = {f"{module}.weight": delta for module, delta in trained.deltas.items()}
+    by_tensor |= {f"{module}.bias": d.of_bias() for module, d in trained.deltas.items() if d.bias is not None}
     parameters = dict(trained.parameters)
     if base.tied:
         _tie(base, by_tensor, parameters)
@@ -182,21 +184,18 @@ def read_rows(descriptor: int, entry: TensorEntry, columns: int, begin: int, end
     return rows
 
 
-def merged_rows(plan: TensorPlan, base_rows: torch.Tensor | None, begin: int, end: int) -> torch.Tensor:
+def merged_rows(plan: TensorPlan, weight: torch.Tensor, begin: int, end: int) -> torch.Tensor:
     """Return rows of the merged tensor in float32, (rows, columns).
 
     Args:
         plan: of the tensor.
-        base_rows: the base's rows, which are not needed where the parameter was trained itself.
+        weight: the base's rows in float32, which are overwritten.
         begin: first row.
         end: last row + 1.
     """
     if plan.trained is not None:
         count = (end - begin) * plan.columns
         weight = plan.trained.elements(begin * plan.columns, count).reshape(end - begin, plan.columns)
-    else:
-        assert base_rows is not None
-        weight = base_rows.to(torch.float32, copy=True)
     if plan.delta is None:
         return weight
     weight.addmm_(plan.delta.lora_b[begin:end], plan.delta.lora_a, alpha=plan.delta.scaling)
@@ -223,8 +222,44 @@ def round_rows(plan: TensorPlan, rows: torch.Tensor) -> torch.Tensor:
     return rounded
 
 
-def count_changed(before: torch.Tensor, after: torch.Tensor) -> int:
-    """Return how many values differ after the merge."""
+class Change:
+    """What a merge did to one tensor, summed up block by block."""
+
+    def __init__(self, plan: TensorPlan) -> None:
+        self._plan = plan
+        self._changed, self._base, self._moved, self._rounding = 0, 0.0, 0.0, 0.0
+        # LoRA's own change needs no pass over the weight
+        self._low_rank = plan.delta is not None and plan.delta.magnitude is None and plan.trained is None
+
+    def add(
+        self, base: torch.Tensor, base_squares: float, exact: torch.Tensor, rounded: torch.Tensor
+    ) -> None:
+        """Count rows: the base's with the sum of their squares, the merged ones in float32 and as written."""
+        self._changed += _count_changed(base, rounded)
+        self._base += base_squares
+        if not self._low_rank:
+            self._moved += sum_of_squares(exact - base)
+        if rounded.dtype != torch.float32:
+            self._rounding += sum_of_squares(exact - rounded)
+
+    def line(self) -> dict[str, Any]:
+        """Return the report's line.
+
+        `relative_delta` is the change's Frobenius norm over the base's, `rounding_error` that of what rounding to the
+        output's type took away over the change's, `changed` the share of values that are others than the base's.
+        """
+        line: dict[str, Any] = {"name": self._plan.name, "shape": list(self._plan.entry.shape)}
+        delta = self._plan.delta
+        if delta is not None:
+            line |= {"rank": delta.lora_a.shape[0], "scaling": delta.scaling}
+        norm = delta.norm() if delta is not None and self._low_rank else math.sqrt(self._moved)
+        line["relative_delta"] = norm / math.sqrt(self._base) if self._base else None
+        line["rounding_error"] = math.sqrt(self._rounding) / norm if norm else None
+        line["changed"] = self._changed / max(1, self._plan.rows * self._plan.columns)
+        return line
+
+
+def _count_changed(before: torch.Tensor, after: torch.Tensor) -> int:
     if before.dtype != after.dtype:
         return int((before.to(after.dtype) != after).count_nonzero())
     bits = {2: torch.int16, 4: torch.int32}[before.dtype.itemsize]  # numpy compares integers ten times faster
@@ -232,9 +267,8 @@ def count_changed(before: torch.Tensor, after: torch.Tensor) -> int:
 
 
 def sum_of_squares(rows: torch.Tensor) -> float:
-    """Return the squared Frobenius norm."""
-    flat = rows.to(torch.float32).view(-1)
-    return float(torch.dot(flat, flat))
+    """Return the squared Frobenius norm of a float32 block."""
+    return float(torch.dot(rows.view(-1), rows.view(-1)))
 
 
 def _raise_if_not_finite(plan: TensorPlan, rounded: torch.Tensor) -> Any:

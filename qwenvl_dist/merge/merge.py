@@ -1,9 +1,8 @@
 """Merge a checkpoint into its base: the one way through, from folders to a published folder."""
 
 import contextlib
-import fcntl
+import hashlib
 import json
-import os
 import shutil
 import time
 from collections.abc import Callable, Iterator
@@ -11,56 +10,35 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from qwenvl_dist.errors import UserError
-from qwenvl_dist.files import fsync
+from qwenvl_dist.files import file_state
 from qwenvl_dist.merge.adapter import write_peft_folder
-from qwenvl_dist.merge.apply_lora import (
-    TensorPlan,
-    count_changed,
-    make_plan,
-    merged_rows,
-    read_rows,
-    round_rows,
-    row_blocks,
-    sum_of_squares,
-)
-from qwenvl_dist.merge.parallel import for_each
-from qwenvl_dist.merge.safetensors_writer import SafetensorsWriter
+from qwenvl_dist.merge.apply_lora import make_plan
+from qwenvl_dist.merge.partial import partial_output
+from qwenvl_dist.merge.side_files import write_side_files
 from qwenvl_dist.merge.trained import Trained
 from qwenvl_dist.merge.verify import Verified, verify_output
-from qwenvl_dist.model.base_folder import DTYPE_BYTES, INDEX_FILE, BaseFolder, SafetensorsFile, write_header
+from qwenvl_dist.merge.write import FilePlan, plan_files, write_files
+from qwenvl_dist.model.base_folder import BaseFolder
 
 REPORT_FILE = "merge_report.json"
+ARITHMETIC = 1  # to be raised when the same inputs give other bytes: a killed merge of before does not go on
 DTYPES = {"bfloat16": "BF16", "float32": "F32"}
-# Files beside the weights, by kind: of each the checkpoint's own are taken when it has one
-_TOKENIZER = {
-    "tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "merges.txt",
-    "special_tokens_map.json", "added_tokens.json",
-}  # fmt: skip
-_TEMPLATE = {"chat_template.json", "chat_template.jinja"}
-_IMAGES = {"preprocessor_config.json", "video_preprocessor_config.json", "processor_config.json"}
-_MODEL = {
-    "config.json",
-    "generation_config.json",
-    "configuration.json",
-    "LICENSE",
-    "LICENSE.txt",
-    "LICENSE.md",
-}
 
 
 @dataclass(frozen=True)
 class MergeReport:
-    """What a merge did."""
+    """What a merge did; `merge_report.json` holds it."""
 
     tensors: int
     merged: int
-    bytes: int  # of the weight files written
+    bytes: int  # of the weight files
     seconds: float
+    files_from_earlier_start: list[str]
+    base: str  # fingerprint
     verified: Verified | None
-    modules: list[dict[str, Any]]  # of each merged tensor: name, rank, scaling, relative_delta, changed
+    modules: list[dict[str, Any]]  # a line for each merged tensor, see `apply_lora.Change.line`
+    sha256: dict[str, str]  # of each tensor's bytes
 
 
 def merge(
@@ -75,7 +53,8 @@ def merge(
 ) -> MergeReport:
     """Write the base with what was trained into `out`, which appears whole or not at all.
 
-    Memory is bounded by the adapter and a few row blocks, whatever the size of the base.
+    Memory is bounded by the adapter and a few row blocks, whatever the size of the base. After a kill the same call
+    goes on with the weight files that are finished.
 
     Args:
         trained: what `read_trained` found.
@@ -91,36 +70,43 @@ def merge(
         CheckFailed: the proof failed; nothing is published.
     """
     started = time.monotonic()
+    fingerprint = base.fingerprint()
     if not allow_other_base:
-        check_base(trained, base)
+        check_base(trained, base, fingerprint)
     plans = make_plan(base, trained, DTYPES[dtype] if dtype else None)
-    headers = {file.path.name: _header(file, plans) for file in base.files.values()}
-    sizes = {name: len(header) + _data_bytes(base.files[name], plans) for name, header in headers.items()}
-    _check_target(out, sum(sizes.values()))
-    started_bytes = sum(sizes.values())
-    modules: list[dict[str, Any]] = []
-    with _published_folder(out) as partial:
-        with _progress(progress, started_bytes >> 20, "merge, MiB") as advance:
-            for file in base.files.values():
-                with SafetensorsWriter(
-                    partial / file.path.name, headers[file.path.name], sizes[file.path.name]
-                ) as writer:
-                    modules += _write_tensors(file, plans, writer, len(headers[file.path.name]), advance)
-        _write_side_files(base, trained, partial, dtype, plans)
+    files = plan_files(base, plans)
+    size = sum(file.size for file in files)
+    with partial_output(out, _key(trained, base, fingerprint, dtype)) as partial:
+        kept = sorted(partial.done)
+        missing = [file for file in files if file.name not in partial.done]
+        _check_space(partial.model, missing)
+        with _progress(progress, sum(file.size for file in missing), "merge") as advance:
+            write_files(missing, partial.model, partial.mark_done, advance)
+        write_side_files(base, trained.processor, partial.model, dtype, files)
         verified = None
         if verify:
-            with _progress(progress, started_bytes >> 20, "verify, MiB") as advance:
-                verified = verify_output(base, plans, partial, advance)
+            with _progress(progress, size, "verify") as advance:
+                verified = verify_output(base, plans, partial.model, advance)
+        records = {record["name"]: record for lines in partial.done.values() for record in lines}
         report = MergeReport(
-            len(plans), len(modules), started_bytes, round(time.monotonic() - started, 3), verified, modules
+            tensors=len(plans),
+            merged=sum(plan.merged for plan in plans.values()),
+            bytes=size,
+            seconds=round(time.monotonic() - started, 3),
+            files_from_earlier_start=kept,
+            base=fingerprint,
+            verified=verified,
+            modules=[_without_hash(records[name]) for name, plan in plans.items() if plan.merged],
+            sha256={name: records[name]["sha256"] for name in plans},
         )
-        (partial / REPORT_FILE).write_text(json.dumps(asdict(report), indent=1) + "\n", encoding="utf-8")
+        text = json.dumps(asdict(report), indent=1)
+        (partial.model / REPORT_FILE).write_text(text + "\n", encoding="utf-8")
     return report
 
 
-def check_base(trained: Trained, base: BaseFolder) -> None:
+def check_base(trained: Trained, base: BaseFolder, fingerprint: str | None = None) -> None:
     """Refuse a base that is not the one the checkpoint was trained on."""
-    if trained.base_fingerprint and trained.base_fingerprint != base.fingerprint():
+    if trained.base_fingerprint and trained.base_fingerprint != (fingerprint or base.fingerprint()):
         raise UserError(
             f"{base.path} is not the base that {trained.source} was trained on (its fingerprint differs); "
             "name that base, or give --allow-other-base"
@@ -144,153 +130,27 @@ def write_adapter(trained: Trained, out: Path) -> None:
         shutil.copytree(trained.processor, out / "processor")
 
 
-def _header(file: SafetensorsFile, plans: dict[str, TensorPlan]) -> bytes:
-    if all(plans[name].dtype == entry.dtype for name, entry in file.tensors.items()):
-        return file.header  # nothing moves: keep the base's bytes
-    entries = {name: (plans[name].dtype, entry.shape) for name, entry in file.tensors.items()}
-    return write_header(entries, file.metadata)
+def _key(trained: Trained, base: BaseFolder, fingerprint: str, dtype: str | None) -> str:
+    """Return a hash of all that decides the bytes of the output."""
+    parts = {
+        "arithmetic": ARITHMETIC,
+        "base": [fingerprint, [file_state(file.path) for file in base.files.values()]],
+        "trained": trained.fingerprint(),
+        "dtype": dtype,
+    }
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
 
-def _data_bytes(file: SafetensorsFile, plans: dict[str, TensorPlan]) -> int:
-    return sum(_nbytes(plans[name]) for name in file.tensors)
+def _without_hash(record: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in record.items() if key != "sha256"}
 
 
-def _nbytes(plan: TensorPlan) -> int:
-    return plan.entry.nbytes // DTYPE_BYTES[plan.entry.dtype] * DTYPE_BYTES[plan.dtype]
-
-
-def _write_tensors(
-    file: SafetensorsFile,
-    plans: dict[str, TensorPlan],
-    writer: SafetensorsWriter,
-    offset: int,
-    advance: Callable[[int], None],
-) -> list[dict[str, Any]]:
-    """Write all tensors of a file; return a line of the report for each merged one."""
-    places = []
-    for name in file.tensors:
-        places.append((plans[name], offset))
-        offset += _nbytes(plans[name])
-    source = os.open(file.path, os.O_RDONLY)
-    try:
-        lines = for_each(
-            places,
-            lambda place: _write_tensor(place[0], source, writer, place[1]),
-            lambda place: advance(_nbytes(place[0])),
-        )
-    finally:
-        os.close(source)
-    return [line for line in lines if line is not None]
-
-
-def _write_tensor(
-    plan: TensorPlan, source: int, writer: SafetensorsWriter, offset: int
-) -> dict[str, Any] | None:
-    """Write one tensor from `offset` of the output on."""
-    if plan.copied:
-        writer.copy(source, plan.entry.begin, offset, plan.entry.nbytes)
-        return None
-    changed, squared, moved = 0, 0.0, 0.0
-    is_dora = plan.delta is not None and plan.delta.magnitude is not None
-    for begin, end in row_blocks(plan):
-        base_rows = read_rows(source, plan.entry, plan.columns, begin, end)
-        rows = round_rows(plan, merged_rows(plan, base_rows, begin, end))
-        writer.write(_bytes(rows), offset)
-        offset += rows.numel() * rows.element_size()
-        if plan.merged:
-            changed += count_changed(base_rows, rows)
-            squared += sum_of_squares(base_rows)
-        if is_dora:  # LoRA's own change needs no pass over the weight
-            moved += sum_of_squares(rows.float() - base_rows.float())
-    if not plan.merged:
-        return None
-    line: dict[str, Any] = {"name": plan.name, "shape": list(plan.entry.shape)}
-    if plan.delta is not None:
-        line["rank"] = plan.delta.lora_a.shape[0]
-        line["scaling"] = plan.delta.scaling
-        norm = moved**0.5 if is_dora else plan.delta.norm()
-        line["relative_delta"] = norm / squared**0.5 if squared else None
-    line["changed"] = changed / max(1, plan.rows * plan.columns)
-    return line
-
-
-def _bytes(rows: torch.Tensor) -> memoryview:
-    return rows.contiguous().view(torch.uint8).reshape(-1).numpy().data
-
-
-def _write_side_files(
-    base: BaseFolder, trained: Trained, out: Path, dtype: str | None, plans: dict[str, TensorPlan]
-) -> None:
-    """Put config, generation config, tokenizer, chat template and processor beside the weights."""
-    own = (
-        {path.name: path for path in trained.processor.iterdir() if path.is_file()}
-        if trained.processor
-        else {}
-    )
-    for kind in (_TOKENIZER, _TEMPLATE, _IMAGES, _MODEL):
-        if kind is _MODEL or not own.keys() & kind:
-            for name in sorted(kind):
-                if (base.path / name).is_file():
-                    shutil.copyfile(base.path / name, out / name)
-    for name, path in own.items():
-        shutil.copyfile(path, out / name)
-    if dtype:
-        _set_config_dtype(out / "config.json", dtype)
-    if base.index is not None:
-        index = json.loads((base.path / INDEX_FILE).read_text(encoding="utf-8"))
-        index.setdefault("metadata", {})["total_size"] = sum(map(_nbytes, plans.values()))
-        (out / INDEX_FILE).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
-
-
-def _set_config_dtype(path: Path, dtype: str) -> None:
-    config = json.loads(path.read_text(encoding="utf-8"))
-    for section in [config, *(value for value in config.values() if isinstance(value, dict))]:
-        for key in ("torch_dtype", "dtype"):
-            if key in section:
-                section[key] = dtype
-    path.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-
-
-def _check_target(out: Path, size: int) -> None:
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise UserError(f"{out} exists and is not empty; remove it or name another folder")
-    out.parent.mkdir(parents=True, exist_ok=True)
-    free = shutil.disk_usage(out.parent).free
+def _check_space(folder: Path, files: list[FilePlan]) -> None:
+    size, free = sum(file.size for file in files), shutil.disk_usage(folder).free
     if free < size:
         raise UserError(
-            f"{out.parent} has {free / 1e9:.1f} GB free, the merged model takes {size / 1e9:.1f} GB"
+            f"{folder.parent.parent} has {free / 1e9:.1f} GB free, the merged model takes {size / 1e9:.1f} GB more"
         )
-
-
-@contextlib.contextmanager
-def _published_folder(out: Path) -> Iterator[Path]:
-    """Yield a new hidden folder beside `out`; it becomes `out` when the block ends well.
-
-    When not, it is removed. What a killed merge left there is removed first;
-    a merge that still runs is not disturbed.
-    """
-    partial = out.parent / f".{out.name}.partial"
-    partial.mkdir(exist_ok=True)
-    lock = os.open(partial, os.O_RDONLY)
-    try:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise UserError(f"another merge into {out} is running; wait for it") from error
-        for left_over in partial.iterdir():
-            left_over.unlink()
-        try:
-            yield partial
-        except BaseException:
-            shutil.rmtree(partial, ignore_errors=True)
-            raise
-        for path in partial.iterdir():
-            fsync(path)
-        os.fsync(lock)
-        partial.rename(out)
-        fsync(out.parent)
-    finally:
-        os.close(lock)
 
 
 @contextlib.contextmanager
@@ -302,7 +162,7 @@ def _progress(
         yield lambda count: None
         return
     done = shown = 0
-    with progress(None, total, description) as bar:
+    with progress(None, total >> 20, f"{description}, MiB") as bar:
 
         def advance(count: int) -> None:
             nonlocal done, shown

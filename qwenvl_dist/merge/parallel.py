@@ -5,6 +5,7 @@ operation of 0.2 ms takes 8 ms. One thread a tensor has no barriers; torch, read
 """
 
 import os
+from collections import deque
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
@@ -19,21 +20,19 @@ Result = TypeVar("Result")
 
 
 def for_each(
-    items: Iterable[Item], work: Callable[[Item], Result], done: Callable[[Item], None]
-) -> list[Result]:
-    """Return `[work(item) for item in items]`, computed in parallel; call `done(item)` here, in order.
+    items: Iterable[Item], work: Callable[[Item], Result], done: Callable[[Item, Result], None]
+) -> None:
+    """Call `work(item)` for all items in parallel, and `done(item, result)` here, in order.
 
     The first exception cancels what has not begun and is raised.
     """
     workers = min(MAX_WORKERS, len(os.sched_getaffinity(0)))
-    results = []
     with ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1,)) as pool:
-        futures = [(item, pool.submit(work, item)) for item in items]
+        futures = deque((item, pool.submit(work, item)) for item in items)
         try:
-            for item, future in futures:
-                results.append(future.result())
-                done(item)
+            while futures:
+                item, future = futures.popleft()
+                done(item, future.result())
         except BaseException:
             pool.shutdown(wait=True, cancel_futures=True)
             raise
-    return results

@@ -1,8 +1,10 @@
 """Write a safetensors file in place: the header first, then each tensor's bytes where they belong."""
 
+import contextlib
 import errno
 import os
 import threading
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Self
 
@@ -10,8 +12,18 @@ COPY_BYTES = 8 << 20
 _NO_KERNEL_COPY = {errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.EPERM, errno.EBADF}
 
 
+@contextlib.contextmanager
+def open_for_reading(path: Path) -> Iterator[int]:
+    """Yield a descriptor."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        yield descriptor
+    finally:
+        os.close(descriptor)
+
+
 class SafetensorsWriter:
-    """Context manager over one new file; leaving it without an error checks that every byte was written.
+    """Context manager over one new file, which is whole once `finish` has returned.
 
     Threads may write and copy at the same time.
 
@@ -37,19 +49,22 @@ class SafetensorsWriter:
         self._written = len(self._header)
         return self
 
-    def __exit__(self, kind: object, *_: object) -> None:
-        """Check that nothing is missing, and bring the file to disk."""
-        try:
-            if kind is None:
-                assert self._written == self._size, (self.path, self._written, self._size)
-                os.fsync(self._descriptor)
-        finally:
-            os.close(self._descriptor)
+    def __exit__(self, *_: object) -> None:
+        os.close(self._descriptor)
+
+    def finish(self) -> None:
+        """Check that every byte was written, and bring the file to disk."""
+        assert self._written == self._size, (self.path, self._written, self._size)
+        os.fsync(self._descriptor)
 
     def write(self, data: memoryview | bytes, offset: int) -> None:
         """Put bytes at an offset of the file; every byte must be put exactly once."""
         self._write(data, offset)
         self._count(len(data))
+
+    def start_writeback(self, offset: int, count: int) -> None:
+        """Let the kernel begin to bring a range to the disk, so that `finish` has little left to wait for."""
+        os.posix_fadvise(self._descriptor, offset, count, os.POSIX_FADV_DONTNEED)
 
     def copy(self, source: int, begin: int, offset: int, count: int) -> None:
         """Copy `count` bytes from offset `begin` of descriptor `source`, in the kernel where that works."""

@@ -1,5 +1,8 @@
 """Find a checkpoint and say what training left in it: LoRA deltas, and parameters trained as a whole."""
 
+import hashlib
+import json
+import math
 import re
 from dataclasses import dataclass, field
 from functools import partial
@@ -9,6 +12,7 @@ from typing import Any
 from qwenvl_dist.checkpoints.manifest import MANIFEST, InvalidCheckpoint, verify
 from qwenvl_dist.checkpoints.zero import ZeroCheckpoint, is_zero_checkpoint
 from qwenvl_dist.errors import CheckFailed, UserError
+from qwenvl_dist.files import file_state
 from qwenvl_dist.merge.adapter import (
     ADAPTER_CONFIG,
     ADAPTER_WEIGHTS,
@@ -35,6 +39,28 @@ class Trained:
     adapter_config: dict[str, Any] | None = None
     base_fingerprint: str | None = None  # of the base it was trained on, when the checkpoint says
     processor: Path | None = None  # its tokenizer and image settings
+
+    def fingerprint(self) -> str:
+        """Return a sha256 over what a merge takes from here.
+
+        The adapter counts whole; of parameters trained as a whole, which may be as large as the base, the middle 4 KiB,
+        with the manifest's hashes or else the state of each file.
+        """
+        digest = hashlib.sha256(json.dumps(self.adapter_config, sort_keys=True).encode())
+        for module, delta in sorted(self.deltas.items()):
+            digest.update(f"\0{module}\0{delta.scaling}".encode())
+            for tensor in delta.tensors().values():
+                digest.update(tensor.contiguous().numpy().data)
+        for name, parameter in sorted(self.parameters.items()):
+            size = math.prod(parameter.shape)
+            count = min(size, 1024)
+            digest.update(f"\0{name}\0{parameter.shape}".encode())
+            digest.update(parameter.elements((size - count) // 2, count).numpy().data)
+        if (self.source / MANIFEST).is_file():
+            digest.update((self.source / MANIFEST).read_bytes())
+        else:
+            digest.update(repr([file_state(path) for path in sorted(self.source.rglob("*"))]).encode())
+        return digest.hexdigest()
 
 
 def find_checkpoint(path: Path) -> Path:

@@ -1,5 +1,6 @@
 """Read a merged folder again and prove it against the base and the checkpoint."""
 
+import contextlib
 import os
 from collections import Counter
 from collections.abc import Callable
@@ -19,7 +20,7 @@ from qwenvl_dist.merge.apply_lora import (
     row_blocks,
 )
 from qwenvl_dist.merge.parallel import for_each
-from qwenvl_dist.merge.safetensors_writer import COPY_BYTES
+from qwenvl_dist.merge.safetensors_writer import COPY_BYTES, open_for_reading
 from qwenvl_dist.model.base_folder import BaseFolder
 
 
@@ -48,22 +49,20 @@ def verify_output(
     if list(written.tensors) != list(plans) or written.files.keys() != base.files.keys():
         raise CheckFailed(f"{out}: its tensor names or files are not those of {base.path}")
     counts: Counter[str] = Counter()
-    for file in base.files:
-        source = os.open(base.path / file, os.O_RDONLY)
-        target = os.open(out / file, os.O_RDONLY)
-        try:
-            counts.update(
-                for_each(
-                    base.files[file].tensors,
-                    lambda name, source=source, target=target: _verify_tensor(
-                        plans[name], source, target, written
-                    ),
-                    lambda name: advance(written.tensors[name].nbytes),
-                )
-            )
-        finally:
-            os.close(source)
-            os.close(target)
+
+    def done(name: str, how: str) -> None:
+        counts[how] += 1
+        advance(written.tensors[name].nbytes)
+
+    with contextlib.ExitStack() as stack:
+        sources = {file: stack.enter_context(open_for_reading(base.path / file)) for file in base.files}
+        targets = {file: stack.enter_context(open_for_reading(out / file)) for file in base.files}
+
+        def verify(name: str) -> str:
+            file = plans[name].entry.file
+            return _verify_tensor(plans[name], sources[file], targets[file], written)
+
+        for_each(plans, verify, done)
     return Verified(**counts)
 
 
@@ -92,7 +91,7 @@ def _compare_values(plan: TensorPlan, source: int, target: int, written: BaseFol
     for begin, end in row_blocks(plan):
         rows = read_rows(source, plan.entry, plan.columns, begin, end)
         found = read_rows(target, written.tensors[plan.name], plan.columns, begin, end)
-        again = round_rows(plan, merged_rows(plan, rows, begin, end))
+        again = round_rows(plan, merged_rows(plan, rows.to(torch.float32, copy=True), begin, end))
         if not torch.equal(found.view(torch.uint8), again.view(torch.uint8)):
             raise CheckFailed(f"{plan.name}: rows {begin} to {end} differ from a second computation")
         if begin == 0 and plan.delta is not None:

@@ -3,7 +3,6 @@
 import json
 import os
 import shutil
-import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -376,47 +375,6 @@ def test_command_prints_the_contract_json(bases, steps, tmp_path: Path) -> None:
     assert result["merged"] == 14
     assert result["bytes"] == (tmp_path / "out/model.safetensors").stat().st_size
     load(tmp_path / "out")
-
-
-SLOW_MERGE = """
-import sys, time
-from pathlib import Path
-from qwenvl_dist.merge import merge as module
-from qwenvl_dist.merge.trained import read_trained
-from qwenvl_dist.model.base_folder import BaseFolder
-write = module._write_tensor
-module._write_tensor = lambda *a: (write(*a), print("wrote", flush=True), time.sleep(5))
-module.merge(read_trained(Path(sys.argv[1])), BaseFolder(sys.argv[2]), Path(sys.argv[3]))
-"""
-
-
-@pytest.mark.dist
-@pytest.mark.parametrize("how", (signal.SIGKILL, signal.SIGINT))
-def test_killed_merge_leaves_no_output_and_the_next_one_works(bases, steps, tmp_path: Path, how) -> None:
-    process = subprocess.Popen(
-        [
-            sys.executable,
-            "-c",
-            SLOW_MERGE,
-            str(steps / "lora-stage2"),
-            str(bases["tied"]),
-            str(tmp_path / "out"),
-        ],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.DEVNULL,
-        text=True,
-        # A shell that starts the tests in the background has them ignore SIGINT, and a child inherits that.
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL) and None,
-    )
-    assert process.stdout and "wrote" in process.stdout.readline()
-    trained, base = read_trained(steps / "lora-stage2"), BaseFolder(bases["tied"])
-    with pytest.raises(UserError, match="is running"):
-        merge(trained, base, tmp_path / "out")
-    process.send_signal(how)
-    process.wait(timeout=30)
-    assert not (tmp_path / "out").exists()
-    merge(trained, base, tmp_path / "out", verify=True)
-    assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
 def test_damaged_bases_are_refused(bases, tmp_path: Path) -> None:

@@ -124,7 +124,7 @@ def test_verify_finds_a_changed_value(
     base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
     trained = read_trained(adapter_folder(base, tmp_path / "adapter"))
-    whole = merge.__globals__["_write_side_files"]
+    whole = merge.__globals__["write_side_files"]
 
     def spoil(base: BaseFolder, trained: Any, out: Path, *more: Any) -> None:
         whole(base, trained, out, *more)
@@ -134,7 +134,7 @@ def test_verify_finds_a_changed_value(
         tensors[key].view(-1)[3] *= 1.001
         save_file(tensors, out / file, metadata={"format": "pt"})
 
-    monkeypatch.setitem(merge.__globals__, "_write_side_files", spoil)
+    monkeypatch.setitem(merge.__globals__, "write_side_files", spoil)
     with pytest.raises(CheckFailed, match=name):
         merge(trained, BaseFolder(base), tmp_path / "out", verify=True)
     assert not (tmp_path / "out").exists()
@@ -145,7 +145,7 @@ MERGER = "base_model.model.model.visual.merger.mlp.0.weight"
 Change = Callable[[dict[str, torch.Tensor], dict[str, Any]], Any]
 SPOILED: dict[str, tuple[Change, str]] = {
     "lost-magnitude": (lambda t, c: t.pop(f"{PREFIX}.lora_magnitude_vector"), "has only lora_A, lora_B; "),
-    "unexpected-magnitude": (lambda t, c: c.update(use_dora=False), "with use_dora = false due are"),
+    "unexpected-magnitude": (lambda t, c: c.update(use_dora=False), "use_dora = false and lora_bias = false due are"),
     "short-magnitude": (
         lambda t, c: t.update({f"{PREFIX}.lora_magnitude_vector": torch.ones(3)}),
         "64 rows and a magnitude vector of",

@@ -1,0 +1,160 @@
+"""Write the output's weight files in one pass: copy or merge each tensor, hash it, and count what changed."""
+
+import contextlib
+import hashlib
+import os
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Self
+
+import torch
+
+from qwenvl_dist.merge.apply_lora import (
+    Change,
+    TensorPlan,
+    merged_rows,
+    read_rows,
+    round_rows,
+    row_blocks,
+    sum_of_squares,
+)
+from qwenvl_dist.merge.parallel import for_each
+from qwenvl_dist.merge.safetensors_writer import COPY_BYTES, SafetensorsWriter, open_for_reading
+from qwenvl_dist.model.base_folder import DTYPE_BYTES, BaseFolder, SafetensorsFile, write_header
+
+
+def output_bytes(plan: TensorPlan) -> int:
+    """Return the size of a tensor in the output."""
+    return plan.entry.nbytes // DTYPE_BYTES[plan.entry.dtype] * DTYPE_BYTES[plan.dtype]
+
+
+@dataclass(frozen=True)
+class FilePlan:
+    """One weight file of the output: the base's file, with the same tensors in the same order."""
+
+    source: SafetensorsFile
+    header: bytes
+    plans: list[TensorPlan]
+
+    @property
+    def name(self) -> str:
+        """Name in the folder."""
+        return self.source.path.name
+
+    @property
+    def size(self) -> int:
+        """Bytes of the whole file."""
+        return len(self.header) + sum(map(output_bytes, self.plans))
+
+
+def plan_files(base: BaseFolder, plans: dict[str, TensorPlan]) -> list[FilePlan]:
+    """Return the output's files; a header whose types stay is the base's, byte for byte."""
+    files = []
+    for file in base.files.values():
+        own = [plans[name] for name in file.tensors]
+        header = file.header
+        if any(plan.dtype != plan.entry.dtype for plan in own):
+            header = write_header({plan.name: (plan.dtype, plan.entry.shape) for plan in own}, file.metadata)
+        files.append(FilePlan(file, header, own))
+    return files
+
+
+class _OpenFile:
+    """A file being written, its base's file beside it."""
+
+    def __init__(self, plan: FilePlan, folder: Path) -> None:
+        self.plan = plan
+        self.records: list[dict[str, Any]] = []
+        self.writer = SafetensorsWriter(folder / plan.name, plan.header, plan.size)
+        self._stack = contextlib.ExitStack()
+
+    def __enter__(self) -> Self:
+        self.source = self._stack.enter_context(open_for_reading(self.plan.source.path))
+        self._stack.enter_context(self.writer)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stack.close()
+
+
+def write_files(
+    files: list[FilePlan],
+    folder: Path,
+    finished: Callable[[str, list[dict[str, Any]]], None],
+    advance: Callable[[int], None],
+) -> None:
+    """Write all files at once, tensor by tensor in parallel; call `finished` for each that is on the disk.
+
+    Memory: a few row blocks a thread. The longest tensors' files come first, since one thread does a tensor.
+    """
+    files = sorted(files, key=lambda file: -max(map(output_bytes, file.plans), default=0))
+    with contextlib.ExitStack() as stack:
+        opened = [stack.enter_context(_OpenFile(file, folder)) for file in files]
+        syncing = stack.enter_context(ThreadPoolExecutor(1))  # a disk's queue need not hold up the arithmetic
+        waiting = []
+
+        def finish(file: _OpenFile) -> None:
+            file.writer.finish()
+            finished(file.plan.name, file.records)
+
+        def done(place: tuple[_OpenFile, TensorPlan, int], record: dict[str, Any]) -> None:
+            file, plan, _ = place
+            file.records.append(record)
+            advance(output_bytes(plan))
+            if len(file.records) == len(file.plan.plans):
+                waiting.append(syncing.submit(finish, file))
+
+        for_each([place for file in opened for place in _places(file)], _write_tensor, done)
+        waiting += [syncing.submit(finish, file) for file in opened if not file.plan.plans]
+        for future in waiting:
+            future.result()
+
+
+def _places(file: _OpenFile) -> list[tuple[_OpenFile, TensorPlan, int]]:
+    """Return each tensor of a file with its offset in the output."""
+    offset, places = len(file.plan.header), []
+    for plan in file.plan.plans:
+        places.append((file, plan, offset))
+        offset += output_bytes(plan)
+    return places
+
+
+def _write_tensor(place: tuple[_OpenFile, TensorPlan, int]) -> dict[str, Any]:
+    """Write one tensor; return its record: name and sha256, and of a merged one what changed."""
+    file, plan, offset = place
+    os.posix_fadvise(file.source, plan.entry.begin, min(plan.entry.nbytes, 64 << 20), os.POSIX_FADV_WILLNEED)
+    work = _copy_tensor if plan.copied else _compute_tensor
+    record = work(plan, file.source, file.writer, offset)
+    file.writer.start_writeback(offset, output_bytes(plan))
+    return record
+
+
+def _copy_tensor(plan: TensorPlan, source: int, writer: SafetensorsWriter, offset: int) -> dict[str, Any]:
+    digest, buffer = hashlib.sha256(), memoryview(bytearray(min(COPY_BYTES, plan.entry.nbytes)))
+    for begin in range(0, plan.entry.nbytes, COPY_BYTES):
+        count = min(COPY_BYTES, plan.entry.nbytes - begin)
+        writer.copy(source, plan.entry.begin + begin, offset + begin, count)
+        if os.preadv(source, [buffer[:count]], plan.entry.begin + begin) != count:  # from memory: just copied
+            raise OSError(f"{plan.entry.file} ended early")
+        digest.update(buffer[:count])
+    return {"name": plan.name, "sha256": digest.hexdigest()}
+
+
+def _compute_tensor(plan: TensorPlan, source: int, writer: SafetensorsWriter, offset: int) -> dict[str, Any]:
+    digest, change = hashlib.sha256(), Change(plan)
+    for begin, end in row_blocks(plan):
+        base_rows = read_rows(source, plan.entry, plan.columns, begin, end)
+        weight = base_rows.to(torch.float32, copy=True)
+        squares = sum_of_squares(weight)
+        exact = merged_rows(plan, weight, begin, end)
+        rounded = round_rows(plan, exact)
+        data = rounded.view(torch.uint8).reshape(-1).numpy().data
+        digest.update(data)
+        writer.write(data, offset)
+        offset += len(data)
+        if plan.merged:
+            change.add(base_rows, squares, exact, rounded)
+    line = change.line() if plan.merged else {"name": plan.name}
+    return {**line, "sha256": digest.hexdigest()}
