@@ -18,6 +18,7 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
     kinds = bench.add_subparsers(dest="kind", required=True, metavar="KIND")
     _add_data(kinds)
     _add_step(kinds)
+    _add_merge(kinds)
 
 
 def print_result(report: dict, as_json: bool) -> None:
@@ -180,5 +181,47 @@ def run_step(args: argparse.Namespace) -> int:
         report = step.measure(recipe, args.steps, args.compare == "trainer", modes, startup, args.shards)
     for key, value in report.items():
         print(f"{key:32} {value}", file=sys.stderr)
+    print_result(report, args.json)
+    return 0
+
+
+def _add_merge(kinds: argparse._SubParsersAction) -> None:
+    merge = kinds.add_parser(
+        "merge",
+        help="seconds and memory of a merge, beside `cp -r` of the base and peft's way",
+        description="Copy the base, merge into it, and merge the way peft does, in turns, each in a process of its own "
+        "that begins with the base out of the page cache.",
+    )
+    merge.add_argument("--base", required=True, help="folder in hub layout, or hub id")
+    merge.add_argument(
+        "--checkpoint", type=Path, metavar="DIR", help="as merge takes it (default: a random adapter)"
+    )
+    merge.add_argument("--rank", type=int, default=8, metavar="N", help="of the random adapter (default: 8)")
+    merge.add_argument("--rounds", type=int, default=1, metavar="N", help="turns of each way (default: 1)")
+    merge.add_argument(
+        "--without-peft", action="store_true", help="leave out peft's way, which holds the model in memory"
+    )
+    merge.add_argument(
+        "--scratch", type=Path, metavar="DIR", help="where to write, as large as BASE (default: beside BASE)"
+    )
+    merge.add_argument("--json", action="store_true", help="print one JSON object on the last line of stdout")
+    merge.set_defaults(run=run_merge)
+
+
+def run_merge(args: argparse.Namespace) -> int:
+    """Measure a merge and its rivals."""
+    from qwenvl_dist.errors import UserError
+    from qwenvl_dist.model.load import resolve_base
+
+    _require_at_least_one(args, "rank", "rounds")
+    base = resolve_base(args.base)
+    scratch = args.scratch or base.resolve().parent
+    if not scratch.is_dir():
+        raise UserError(f"--scratch {scratch}: is not a folder; name one on the disk to measure")
+
+    from qwenvl_dist.bench.merge import measure, table
+
+    report = measure(base, args.checkpoint, args.rank, args.rounds, not args.without_peft, scratch)
+    print(table(report), file=sys.stderr)
     print_result(report, args.json)
     return 0

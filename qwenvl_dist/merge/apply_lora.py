@@ -23,7 +23,7 @@ from qwenvl_dist.model.base_folder import BaseFolder, TensorEntry
 from qwenvl_dist.model.names import EMBEDDING, LM_HEAD, hub_name, runtime_name
 
 TORCH_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-BLOCK_ELEMENTS = 1 << 17  # 512 KiB in float32: a block stays in the cache through all its operations
+BLOCK_ELEMENTS = 1 << 18  # 1 MiB in float32: few calls, and a block stays in the cache through them
 
 
 @dataclass(frozen=True)
@@ -165,16 +165,39 @@ def _fullmatch(pattern: str, module: str) -> bool:
 
 def row_blocks(plan: TensorPlan) -> Iterator[tuple[int, int]]:
     """Yield (first row, last row + 1) of blocks that fit in the memory bound."""
-    step = max(1, BLOCK_ELEMENTS // max(1, plan.columns))
+    step = _rows_in_block(plan)
     for begin in range(0, plan.rows, step):
         yield begin, min(begin + step, plan.rows)
 
 
-def read_rows(descriptor: int, entry: TensorEntry, columns: int, begin: int, end: int) -> torch.Tensor:
-    """Read rows of a tensor from a safetensors file as they are."""
+def _rows_in_block(plan: TensorPlan) -> int:
+    return min(max(1, plan.rows), max(1, BLOCK_ELEMENTS // max(1, plan.columns)))
+
+
+class BlockBuffers:
+    """Memory for one block of a tensor on its way, used again for each: fresh memory costs more than the arithmetic."""
+
+    def __init__(self, plan: TensorPlan) -> None:
+        shape = (_rows_in_block(plan), plan.columns)
+        self.base = torch.empty(shape, dtype=TORCH_DTYPES[plan.entry.dtype])
+        self.exact = torch.empty(shape)
+        self.rounded = torch.empty(shape, dtype=TORCH_DTYPES[plan.dtype])
+        self.spare = torch.empty(shape)
+        self.differs = np.empty(shape, dtype=bool)
+
+
+def read_rows(
+    descriptor: int,
+    entry: TensorEntry,
+    columns: int,
+    begin: int,
+    end: int,
+    buffer: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Read rows of a tensor from a safetensors file as they are, into the first rows of `buffer` if there is one."""
     dtype = TORCH_DTYPES[entry.dtype]
-    rows = torch.empty((end - begin, columns), dtype=dtype)
-    view = rows.view(torch.uint8).reshape(-1).numpy().data
+    rows = torch.empty((end - begin, columns), dtype=dtype) if buffer is None else buffer[: end - begin]
+    view = as_bytes(rows)
     offset = entry.begin + begin * columns * dtype.itemsize
     while view:
         count = os.preadv(descriptor, [view], offset)
@@ -182,6 +205,11 @@ def read_rows(descriptor: int, entry: TensorEntry, columns: int, begin: int, end
             raise OSError(f"{entry.file} ended early")
         view, offset = view[count:], offset + count
     return rows
+
+
+def as_bytes(rows: torch.Tensor) -> memoryview:
+    """Return the memory of a contiguous tensor."""
+    return rows.view(torch.uint8).reshape(-1).numpy().data
 
 
 def merged_rows(plan: TensorPlan, weight: torch.Tensor, begin: int, end: int) -> torch.Tensor:
@@ -210,18 +238,6 @@ def dora_factor(rows: torch.Tensor, magnitude: torch.Tensor) -> torch.Tensor:
     return magnitude.double()[:, None] / norms
 
 
-def round_rows(plan: TensorPlan, rows: torch.Tensor) -> torch.Tensor:
-    """Round to the output's type, once.
-
-    Raises:
-        UserError: the result is not finite.
-    """
-    rounded = rows.to(TORCH_DTYPES[plan.dtype])
-    if plan.merged and not torch.isfinite(rounded.sum(dtype=torch.float32)):
-        _raise_if_not_finite(plan, rounded)
-    return rounded
-
-
 class Change:
     """What a merge did to one tensor, summed up block by block."""
 
@@ -231,16 +247,31 @@ class Change:
         # LoRA's own change needs no pass over the weight
         self._low_rank = plan.delta is not None and plan.delta.magnitude is None and plan.trained is None
 
+    def add_base(self, weight: torch.Tensor) -> None:
+        """Count the base's rows in float32."""
+        self._base += sum_of_squares(weight)
+
     def add(
-        self, base: torch.Tensor, base_squares: float, exact: torch.Tensor, rounded: torch.Tensor
+        self, buffers: BlockBuffers, base: torch.Tensor, exact: torch.Tensor, rounded: torch.Tensor
     ) -> None:
-        """Count rows: the base's with the sum of their squares, the merged ones in float32 and as written."""
-        self._changed += _count_changed(base, rounded)
-        self._base += base_squares
+        """Count rows: the base's, the merged ones in float32, and as they are written.
+
+        Raises:
+            UserError: a value that is written is not finite.
+        """
+        spare, differs = buffers.spare[: len(base)], buffers.differs[: len(base)]
+        if base.dtype == rounded.dtype:  # bits: numpy compares integers ten times faster
+            bits = {2: torch.int16, 4: torch.int32}[base.dtype.itemsize]
+            np.not_equal(base.view(bits).numpy(), rounded.view(bits).numpy(), out=differs)
+            self._changed += int(np.count_nonzero(differs))
+        else:
+            self._changed += int((base.to(rounded.dtype) != rounded).count_nonzero())
         if not self._low_rank:
-            self._moved += sum_of_squares(exact - base)
-        if rounded.dtype != torch.float32:
-            self._rounding += sum_of_squares(exact - rounded)
+            self._moved += sum_of_squares(torch.sub(exact, base, out=spare))
+        rounding = sum_of_squares(torch.sub(exact, rounded, out=spare))  # NaN where one of them is not finite
+        if not math.isfinite(rounding):
+            _raise_if_not_finite(self._plan, rounded)
+        self._rounding += rounding
 
     def line(self) -> dict[str, Any]:
         """Return the report's line.
@@ -257,13 +288,6 @@ class Change:
         line["rounding_error"] = math.sqrt(self._rounding) / norm if norm else None
         line["changed"] = self._changed / max(1, self._plan.rows * self._plan.columns)
         return line
-
-
-def _count_changed(before: torch.Tensor, after: torch.Tensor) -> int:
-    if before.dtype != after.dtype:
-        return int((before.to(after.dtype) != after).count_nonzero())
-    bits = {2: torch.int16, 4: torch.int32}[before.dtype.itemsize]  # numpy compares integers ten times faster
-    return int(np.count_nonzero(before.view(bits).numpy() != after.view(bits).numpy()))
 
 
 def sum_of_squares(rows: torch.Tensor) -> float:

@@ -16,7 +16,6 @@ from qwenvl_dist.merge.apply_lora import (
     dora_factor,
     merged_rows,
     read_rows,
-    round_rows,
     row_blocks,
 )
 from qwenvl_dist.merge.parallel import for_each
@@ -91,7 +90,8 @@ def _compare_values(plan: TensorPlan, source: int, target: int, written: BaseFol
     for begin, end in row_blocks(plan):
         rows = read_rows(source, plan.entry, plan.columns, begin, end)
         found = read_rows(target, written.tensors[plan.name], plan.columns, begin, end)
-        again = round_rows(plan, merged_rows(plan, rows.to(torch.float32, copy=True), begin, end))
+        weight = merged_rows(plan, rows.to(torch.float32, copy=True), begin, end)
+        again = weight.to(TORCH_DTYPES[plan.dtype])
         if not torch.equal(found.view(torch.uint8), again.view(torch.uint8)):
             raise CheckFailed(f"{plan.name}: rows {begin} to {end} differ from a second computation")
         if begin == 0 and plan.delta is not None:

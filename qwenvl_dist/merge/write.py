@@ -9,16 +9,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
-import torch
-
 from qwenvl_dist.merge.apply_lora import (
+    BlockBuffers,
     Change,
     TensorPlan,
+    as_bytes,
     merged_rows,
     read_rows,
-    round_rows,
     row_blocks,
-    sum_of_squares,
 )
 from qwenvl_dist.merge.parallel import for_each
 from qwenvl_dist.merge.safetensors_writer import COPY_BYTES, SafetensorsWriter, open_for_reading
@@ -143,18 +141,18 @@ def _copy_tensor(plan: TensorPlan, source: int, writer: SafetensorsWriter, offse
 
 
 def _compute_tensor(plan: TensorPlan, source: int, writer: SafetensorsWriter, offset: int) -> dict[str, Any]:
-    digest, change = hashlib.sha256(), Change(plan)
+    digest, change, buffers = hashlib.sha256(), Change(plan), BlockBuffers(plan)
     for begin, end in row_blocks(plan):
-        base_rows = read_rows(source, plan.entry, plan.columns, begin, end)
-        weight = base_rows.to(torch.float32, copy=True)
-        squares = sum_of_squares(weight)
+        base = read_rows(source, plan.entry, plan.columns, begin, end, buffers.base)
+        weight = buffers.exact[: end - begin].copy_(base)
+        change.add_base(weight)
         exact = merged_rows(plan, weight, begin, end)
-        rounded = round_rows(plan, exact)
-        data = rounded.view(torch.uint8).reshape(-1).numpy().data
+        rounded = buffers.rounded[: end - begin].copy_(exact)  # the one rounding
+        if plan.merged:
+            change.add(buffers, base, exact, rounded)
+        data = as_bytes(rounded)
         digest.update(data)
         writer.write(data, offset)
         offset += len(data)
-        if plan.merged:
-            change.add(base_rows, squares, exact, rounded)
     line = change.line() if plan.merged else {"name": plan.name}
     return {**line, "sha256": digest.hexdigest()}
