@@ -32,7 +32,7 @@ class PartialOutput:
     def mark_done(self, file: str, records: list[dict[str, Any]]) -> None:
         """Remember a weight file, which is on the disk, with the records of its tensors."""
         size = (self.model / file).stat().st_size
-        mark = {"key": self._key, "file": file, "size": size, "tensors": records}
+        mark = {"key": self._key, "size": size, "tensors": records}
         write_atomic(self._folder / f"{file}.json", json.dumps(mark).encode())
         self.done[file] = records
 
@@ -44,7 +44,7 @@ class PartialOutput:
             if path == self.model:
                 continue
             mark = _read(path)
-            file = self.model / str(mark.get("file"))
+            file = self.model / path.name.removesuffix(".json")
             if mark.get("key") == self._key and file.is_file() and file.stat().st_size == mark["size"]:
                 done[file.name] = mark["tensors"]
             else:

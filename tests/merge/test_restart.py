@@ -97,7 +97,7 @@ def end(process: subprocess.Popen[str], how: signal.Signals = signal.SIGKILL) ->
 def finished_files(out: Path) -> dict[str, tuple[int, int]]:
     """Return inode and time of the weight files that a killed merge has finished, by its own marks."""
     partial = out.parent / f".{out.name}.partial"
-    names = [json.loads(mark.read_text())["file"] for mark in partial.glob("*.safetensors.json")]
+    names = [mark.name.removesuffix(".json") for mark in partial.glob("*.safetensors.json")]
     states = {name: (partial / "model" / name).stat() for name in names}
     return {name: (state.st_ino, state.st_mtime_ns) for name, state in states.items()}
 
