@@ -76,6 +76,9 @@ class LoraConfig(_Section):
     target_modules: Annotated[tuple[str, ...], _List] = PROJECTIONS
     use_rslora: bool = False
     use_dora: bool = False  # also a trained length for each row of the weight
+    lora_bias: bool = (
+        False  # also a bias of lora_B, for layers that have one: of the language model q_proj, k_proj, v_proj
+    )
     # Of single modules: a regular expression for the end of the name, such as `layers.[0-3].self_attn.q_proj`.
     rank_pattern: dict[str, Annotated[int, Field(ge=1)]] = {}
     alpha_pattern: dict[str, Annotated[float, Field(gt=0)]] = {}
@@ -92,6 +95,14 @@ class LoraConfig(_Section):
                     f"holds {pattern!r}, which is no regular expression ({error}); correct it"
                 ) from None
         return value
+
+    @model_validator(mode="after")
+    def _bias_without_dora(self) -> LoraConfig:
+        if self.lora_bias and self.use_dora:
+            raise ValueError(
+                "lora_bias and use_dora are both true, which peft does not combine; drop one of them"
+            )
+        return self
 
     @field_validator("target_modules")
     @classmethod

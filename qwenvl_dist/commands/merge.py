@@ -29,6 +29,11 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
     )
     parser.add_argument("--verify", action="store_true", help="read the output again and prove it")
     parser.add_argument(
+        "--verify-forward",
+        action="store_true",
+        help="compare the output's logits with those of base + adapter and of the base, reading weights as it goes",
+    )
+    parser.add_argument(
         "--allow-other-base",
         action="store_true",
         help="go on although BASE is not what the checkpoint was trained on",
@@ -50,6 +55,8 @@ def run(args: argparse.Namespace) -> int:
     from qwenvl_dist.model.base_folder import BaseFolder
     from qwenvl_dist.model.load import resolve_base
 
+    if args.out is None and (args.verify or args.verify_forward):
+        raise UserError("--verify and --verify-forward read the merged model: give --out DIR")
     if args.out is None and args.adapter_out is None:
         raise UserError("nothing to write: give --out DIR, --adapter-out DIR or both")
     folder = find_checkpoint(args.checkpoint)
@@ -65,6 +72,7 @@ def run(args: argparse.Namespace) -> int:
             args.out,
             dtype=args.dtype,
             verify=args.verify,
+            verify_forward=args.verify_forward,
             allow_other_base=True,  # checked above
             progress=progress,
         )
@@ -76,6 +84,8 @@ def run(args: argparse.Namespace) -> int:
         }
         if report.verified is not None:
             result["verified"] = vars(report.verified)
+        if report.forward is not None:
+            result["forward"] = {prompt: vars(each) for prompt, each in report.forward.items()}
     if args.adapter_out is not None:
         write_adapter(trained, args.adapter_out)
         result["adapter"] = str(args.adapter_out)
@@ -97,6 +107,12 @@ def run(args: argparse.Namespace) -> int:
                 f"verified: {counts['byte_equal']} tensors byte-equal to the base, "
                 f"{counts['recomputed']} merged ones equal to a second computation, "
                 f"{counts['converted']} converted",
+                file=sys.stderr,
+            )
+        for prompt, each in result.get("forward", {}).items():
+            print(
+                f"{prompt} prompt: the adapter moves the base's logits by {each['change']:.2g}, the merged model's "
+                f"differ from base + adapter by {each['error']:.2g}, from the base by {each['control']:.2g}",
                 file=sys.stderr,
             )
     if args.adapter_out is not None:

@@ -71,7 +71,14 @@ def make_plan(base: BaseFolder, trained: Trained, dtype: str | None) -> dict[str
     if base.config.get("quantization_config"):
         raise UserError(f"{base.path} is quantised; merge into the base that it was made from")
     by_tensor = {f"{module}.weight": delta for module, delta in trained.deltas.items()}
-    by_tensor |= {f"{module}.bias": d.of_bias() for module, d in trained.deltas.items() if d.bias is not None}
+    for module, delta in trained.deltas.items():
+        if delta.bias is not None:
+            if f"{module}.bias" not in base.by_runtime_name:
+                raise UserError(
+                    f"{trained.source}: lora_bias trained a bias for {module}, which has none in {base.path}; "
+                    "use the adapter as it is (--adapter-out)"
+                )
+            by_tensor[f"{module}.bias"] = delta.of_bias()
     parameters = dict(trained.parameters)
     if base.tied:
         _tie(base, by_tensor, parameters)
@@ -281,7 +288,7 @@ class Change:
         """
         line: dict[str, Any] = {"name": self._plan.name, "shape": list(self._plan.entry.shape)}
         delta = self._plan.delta
-        if delta is not None:
+        if delta is not None and not delta.vector:
             line |= {"rank": delta.lora_a.shape[0], "scaling": delta.scaling}
         norm = delta.norm() if delta is not None and self._low_rank else math.sqrt(self._moved)
         line["relative_delta"] = norm / math.sqrt(self._base) if self._base else None

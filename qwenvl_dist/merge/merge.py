@@ -14,6 +14,7 @@ from qwenvl_dist.errors import UserError
 from qwenvl_dist.files import file_state
 from qwenvl_dist.merge.adapter import write_peft_folder
 from qwenvl_dist.merge.apply_lora import make_plan
+from qwenvl_dist.merge.forward import ForwardComparison, compare_forward
 from qwenvl_dist.merge.partial import partial_output
 from qwenvl_dist.merge.side_files import write_side_files
 from qwenvl_dist.merge.trained import Trained
@@ -37,6 +38,7 @@ class MergeReport:
     files_from_earlier_start: list[str]
     base: str  # fingerprint
     verified: Verified | None
+    forward: dict[str, ForwardComparison] | None  # by prompt
     modules: list[dict[str, Any]]  # a line for each merged tensor, see `apply_lora.Change.line`
     sha256: dict[str, str]  # of each tensor's bytes
 
@@ -48,6 +50,7 @@ def merge(
     *,
     dtype: str | None = None,
     verify: bool = False,
+    verify_forward: bool = False,
     allow_other_base: bool = False,
     progress: Callable[..., Any] | None = None,
 ) -> MergeReport:
@@ -61,7 +64,8 @@ def merge(
         base: the model it was trained on.
         out: a folder that does not exist or is empty.
         dtype: `bfloat16` or `float32` for all weights, None to keep the base's.
-        verify: prove the output before it is published.
+        verify: prove every tensor of the output before it is published.
+        verify_forward: before that, compare its logits with those of base + adapter.
         allow_other_base: go on when the checkpoint was trained on a base with another fingerprint.
         progress: as `qwenvl_dist.logs.progress`.
 
@@ -87,6 +91,7 @@ def merge(
         if verify:
             with _progress(progress, size, "verify") as advance:
                 verified = verify_output(base, plans, partial.model, advance)
+        forward = compare_forward(base, plans, partial.model) if verify_forward else None
         records = {record["name"]: record for lines in partial.done.values() for record in lines}
         report = MergeReport(
             tensors=len(plans),
@@ -96,6 +101,7 @@ def merge(
             files_from_earlier_start=kept,
             base=fingerprint,
             verified=verified,
+            forward=forward,
             modules=[_without_hash(records[name]) for name, plan in plans.items() if plan.merged],
             sha256={name: records[name]["sha256"] for name in plans},
         )

@@ -60,6 +60,7 @@ def peft_config(lora: LoraConfig, **more: Any) -> peft.LoraConfig:
         target_modules=list(lora.target_modules),
         use_rslora=lora.use_rslora,
         use_dora=lora.use_dora,
+        lora_bias=lora.lora_bias,
         rank_pattern=dict(lora.rank_pattern),
         alpha_pattern=dict(lora.alpha_pattern),  # type: ignore[arg-type]  (as lora_alpha)
         modules_to_save=list(lora.modules_to_save) or None,

@@ -34,6 +34,10 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "saved-in-targets": {"target_modules": [*TARGETS, "fc1", "mlp.0"], "modules_to_save": ["merger", "1.mlp.fc1"]},
     "saved-head": {"modules_to_save": ["lm_head", "embed_tokens"], "target_modules": ["q_proj"]},
     "adapted-head": {"target_modules": ["lm_head", "o_proj"], "use_dora": True},
+    "embedding": {"target_modules": ["embed_tokens", "k_proj"], "rank_pattern": {"embed_tokens": 3}},
+    "embedding-and-head": {"target_modules": ["embed_tokens", "lm_head"], "use_rslora": True},
+    "bias": {"target_modules": ["q_proj", "v_proj", "fc1", "qkv"], "lora_bias": True, **PATTERNS},
+    "bias-rslora": {"target_modules": ["q_proj", "merger.mlp.0"], "lora_bias": True, "use_rslora": True},
     "all-at-once": {
         "target_modules": [*TARGETS, "qkv"], "modules_to_save": ["merger", "language_model.norm"],
         "use_dora": True, "use_rslora": True, **PATTERNS,
@@ -72,11 +76,17 @@ def test_merged_weights_are_those_of_peft(base: Path, tmp_path: Path, name: str)
     theirs = model.merge_and_unload().state_dict()
 
     trained = read_trained(tmp_path / "adapter")
-    report = merge(trained, BaseFolder(base), tmp_path / "out", verify=True)
+    report = merge(trained, BaseFolder(base), tmp_path / "out", verify=True, verify_forward=True)
     assert report.verified and report.verified.recomputed == report.merged
-    assert report.merged == len({f"{module}.weight" for module in trained.deltas} | trained.parameters.keys())
+    assert report.forward and report.forward["image"].change > 1e-2
+    assert all(each.error < 1e-5 for each in report.forward.values())
+    assert report.merged == len(
+        {f"{module}.weight" for module in trained.deltas}
+        | {f"{module}.bias" for module, delta in trained.deltas.items() if delta.bias is not None}
+        | trained.parameters.keys()
+    )
     changes = [line["relative_delta"] for line in report.modules if "rank" in line]
-    assert len(changes) == len(trained.deltas) and all(0 < change < 50 for change in changes)
+    assert len(changes) == len(trained.deltas) and all(0 < change < 100 for change in changes)
     merged = load(tmp_path / "out")
     for key, tensor in merged.state_dict().items():
         torch.testing.assert_close(
@@ -163,19 +173,58 @@ SPOILED: dict[str, tuple[Change, str]] = {
     "other-ranks": (lambda t, c: c.update(rank_pattern={}), "the config says rank 4"),
 }  # fmt: skip
 
+BIASED = {"target_modules": ["q_proj"], "lora_bias": True}
+SPOILED_BIAS: dict[str, tuple[Change, str]] = {
+    "lost-bias": (
+        lambda t, c: t.pop(f"{PREFIX}.lora_B.bias"),
+        "lora_bias = true due are lora_A, lora_B, lora_bias",
+    ),
+    "unexpected-bias": (lambda t, c: c.update(lora_bias=False), "lora_bias = false due are"),
+    "short-bias": (
+        lambda t, c: t.update({f"{PREFIX}.lora_B.bias": torch.ones(3)}),
+        "64 rows and a bias of lora_B",
+    ),
+    "no-bias-in-base": (
+        lambda t, c: (
+            [t.update({name.replace("q_proj", "o_proj"): t.pop(name)}) for name in list(t)]
+            and c.update(target_modules=["o_proj"])
+        ),
+        "lora_bias trained a bias for .*o_proj, which has none",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", SPOILED_BIAS)
+def test_unsound_biases_are_refused(base: Path, tmp_path: Path, case: str) -> None:
+    folder = tmp_path / "adapter"
+    with_adapter(base, BIASED).save_pretrained(folder)
+    change, message = SPOILED_BIAS[case]
+    refused(base, folder, change, message)
+
 
 @pytest.mark.parametrize("case", SPOILED)
 def test_unsound_variants_are_refused(base: Path, tmp_path: Path, case: str) -> None:
-    folder = adapter_folder(base, tmp_path / "adapter")
-    change, message = SPOILED[case]
+    refused(base, adapter_folder(base, tmp_path / "adapter"), *SPOILED[case])
+
+
+def refused(base: Path, folder: Path, change: Change, message: str) -> None:
+    """Spoil an adapter folder and see its merge refused, with nothing left behind."""
     tensors = load_file(folder / "adapter_model.safetensors")
     config = json.loads((folder / "adapter_config.json").read_text())
     change(tensors, config)
     save_file(tensors, folder / "adapter_model.safetensors")
     (folder / "adapter_config.json").write_text(json.dumps(config))
     with pytest.raises(UserError, match=message):
-        merge(read_trained(folder), BaseFolder(base), tmp_path / "out")
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["adapter"]
+        merge(read_trained(folder), BaseFolder(base), folder.parent / "out")
+    assert sorted(path.name for path in folder.parent.iterdir()) == ["adapter"]
+
+
+def test_dora_of_an_embedding_is_refused(base: Path, tmp_path: Path) -> None:
+    with_adapter(base, {"target_modules": ["embed_tokens"], "use_dora": True}).save_pretrained(
+        tmp_path / "adapter"
+    )
+    with pytest.raises(UserError, match="an embedding under DoRA, not supported"):
+        read_trained(tmp_path / "adapter")
 
 
 def test_a_copy_of_one_end_of_a_tied_base_is_refused(base: Path, tmp_path: Path) -> None:
