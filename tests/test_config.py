@@ -45,6 +45,8 @@ FAULTS = {
     "lora: {rank_pattern: {'q_(proj': 2}}": "holds 'q_(proj', which is no regular expression",
     "lora: {alpha_pattern: [8]}": "lora.alpha_pattern = [8]: ",
     "lora: {use_dora: 1}": "lora.use_dora = 1: must be true or false",
+    "lora: {lora_bias: 1}": "lora.lora_bias = 1: must be true or false",
+    "lora: {lora_bias: true, use_dora: true}": "lora_bias and use_dora are both true, which peft does not combine",
     "lora: {modules_to_save: merger}": 'lora.modules_to_save = "merger": must be a list, such as [a, b]',
     "optim: {lora_plus_ratio: 0}": "optim.lora_plus_ratio = 0: must be above 0",
     "lora: {target_modules: []}": "lora.target_modules = []: must name at least one module; to train without",

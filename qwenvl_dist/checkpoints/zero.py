@@ -209,14 +209,9 @@ class ZeroCheckpoint:
         ]
         for tensor in [self._masters[rank][group], *moments]:
             if tensor.numel not in allowed:
-                hint = (
-                    "; optimizer state on NVMe is not in the file, which is not supported"
-                    if not tensor.numel
-                    else ""
-                )
                 raise UnreadableCheckpoint(
                     f"{tensor.path}: group {group} has {tensor.numel} elements, "
-                    f"{' or '.join(map(str, sorted(set(allowed))))} are due for {self.world_size} ranks{hint}"
+                    f"{' or '.join(map(str, sorted(set(allowed))))} are due for {self.world_size} ranks"
                 )
 
 
@@ -247,6 +242,11 @@ def _find_files(folder: Path) -> tuple[list[Path], Path]:
     optimizer: dict[int, Path] = {}
     model: dict[int, Path] = {}
     for path in sorted(folder.iterdir()):
+        if path.name == "offloaded_tensors":
+            raise UnreadableCheckpoint(
+                f"{path}: the masters are in DeepSpeed's swap files, the optimizer was on NVMe: not supported; "
+                "train with offload_optimizer.device cpu"
+            )
         if "expert" in path.name or path.name.startswith("layer_"):
             raise UnreadableCheckpoint(f"{path}: experts and pipeline stages are not supported")
         for pattern, found in ((_OPTIMIZER_FILE, optimizer), (_MODEL_FILE, model)):

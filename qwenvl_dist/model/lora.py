@@ -92,6 +92,12 @@ def _check_names(model: Any, lora: LoraConfig) -> list[str]:
             )
     matched = [name for name in modules if any(_is_end(target, name) for target in lora.target_modules)]
     adapted = [name for name in matched if name in linear]
+    for name in adapted if lora.lora_bias else ():
+        if modules[name].bias is None:
+            raise UserError(
+                f"lora.lora_bias: {name} has no bias of its own, so that one of its adapter could not be merged; "
+                "target layers that have one (q_proj, k_proj, v_proj, the vision tower's), or drop lora_bias"
+            )
     for key, patterns in (("rank_pattern", lora.rank_pattern), ("alpha_pattern", lora.alpha_pattern)):
         for pattern in patterns:  # peft.utils.other.get_pattern_key
             if not any(re.match(rf"(.*\.)?({pattern})$", name) for name in adapted):

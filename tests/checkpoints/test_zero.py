@@ -1,10 +1,12 @@
 """ZeroCheckpoint against what DeepSpeed gathers itself, on files that real ranks wrote."""
 
 import pickle
+import re
 import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -17,6 +19,9 @@ CASES = {
     "stage1": {"stage": 1},
     "stage2": {"stage": 2},
     "stage3": {"stage": 3},
+    "stage1-fp16": {"stage": 1, "dtype": "fp16"},
+    "stage2-fp16": {"stage": 2, "dtype": "fp16"},
+    "stage3-fp16": {"stage": 3, "dtype": "fp16"},
     "stage1-bf16": {"stage": 1, "dtype": "bf16"},
     "stage2-bf16": {"stage": 2, "dtype": "bf16"},
     "stage3-bf16": {"stage": 3, "dtype": "bf16"},
@@ -25,13 +30,20 @@ CASES = {
         "dtype": "bf16",
         "config": {"data_types": {"grad_accum_dtype": "fp32"}},
     },
-    "stage2-groups": {"stage": 2, "groups": 3},
+    "stage2-three-groups": {"stage": 2, "groups": 3},
     "stage3-groups": {"stage": 3, "groups": 3},
     "stage3-sub-groups": {"stage": 3, "dtype": "bf16", "groups": 2, "zero": {"sub_group_size": 12}},
     "stage2-round-robin": {"stage": 2, "zero": {"round_robin_gradients": True}},
     "stage2-aligned": {"stage": 2, "dtype": "bf16", "zero": {"parameter_alignment": True}},
     "stage2-offload": {"stage": 2, "dtype": "bf16", "zero": {"offload_optimizer": {"device": "cpu"}}},
     "stage3-offload": {"stage": 3, "dtype": "bf16", "zero": {"offload_optimizer": {"device": "cpu"}}},
+    "stage3-sub-groups-offload": {
+        "stage": 3,
+        "groups": 3,
+        "zero": {"sub_group_size": 5, "offload_optimizer": {"device": "cpu"}},
+    },
+    "stage2-groups-round-robin": {"stage": 2, "groups": 2, "zero": {"round_robin_gradients": True}},
+    "stage2-groups": {"stage": 2, "groups": 2},
     "stage2-untrained": {"stage": 2, "steps": 0},
     "stage3-untrained": {"stage": 3, "steps": 0},
 }
@@ -62,16 +74,41 @@ def saved(tmp_path_factory: pytest.TempPathFactory):
 @pytest.mark.parametrize("world", WORLDS)
 @pytest.mark.parametrize("case", CASES)
 def test_masters_moments_and_step_are_those_deepspeed_gathers(saved, case: str, world: int) -> None:
-    folder = saved(world) / case
+    assert_what_deepspeed_gathers(saved(world), case, world, CASES[case])
+
+
+@pytest.mark.dist
+@pytest.mark.slow
+def test_eleven_ranks(tmp_path: Path) -> None:
+    """More ranks than most parameters have elements: empty last partitions, and file names that sort as text do not."""
+    cases = {
+        "stage2": {"stage": 2},
+        "stage2-groups": {"stage": 2, "dtype": "bf16", "groups": 3},
+        "stage3-bf16": {"stage": 3, "dtype": "bf16", "groups": 2, "zero": {"sub_group_size": 3}},
+    }
+    run_ranks(
+        "tests.checkpoints.zero_runs:run_odd_forked",
+        1,
+        timeout=300,
+        out=str(tmp_path),
+        ranks=11,
+        cases=cases,
+    )
+    for name, case in cases.items():
+        assert_what_deepspeed_gathers(tmp_path, name, 11, case)
+
+
+def assert_what_deepspeed_gathers(root: Path, name: str, world: int, case: dict[str, Any]) -> None:
+    folder = root / name
     # DeepSpeed 0.19.8 looks for round-robin parameters in the wrong place; the same run without must agree
-    truth = torch.load(saved(world) / case.replace("-round-robin", "") / "truth.pt")
+    truth = torch.load(root / name.replace("-round-robin", "") / "truth.pt")
     checkpoint = ZeroCheckpoint(folder)
-    assert checkpoint.stage == CASES[case]["stage"]
+    assert checkpoint.stage == case["stage"]
     assert checkpoint.world_size == world
     assert {name: tuple(shape) for name, shape in checkpoint.shapes.items()} == {
         name: tuple(state["fp32"].shape) for name, state in truth.items()
     }
-    steps = CASES[case].get("steps", 2)
+    steps = case.get("steps", 2)
     for name, state in truth.items():
         assert torch.equal(checkpoint.fp32(name), state["fp32"]), name
         assert torch.equal(checkpoint.fp32(name).to(state["weight"].dtype), state["weight"]), name
@@ -121,6 +158,55 @@ def test_truncated_files_are_refused(saved, tmp_path: Path, keep: int) -> None:
     file.write_bytes(file.read_bytes()[:keep])
     with pytest.raises(UnreadableCheckpoint, match="zero_pp_rank_1"):
         ZeroCheckpoint(folder)
+
+
+@pytest.mark.dist
+def test_offload_to_nvme_is_refused(saved, tmp_path: Path) -> None:
+    shutil.copytree(saved(2) / "stage3/zero", tmp_path / "zero")
+    (tmp_path / "zero/offloaded_tensors/rank0").mkdir(parents=True)
+    with pytest.raises(
+        UnreadableCheckpoint, match=r"swap files.* not supported; train with offload_optimizer\.device cpu"
+    ):
+        ZeroCheckpoint(tmp_path / "zero")
+
+
+UNSUPPORTED: dict[str, tuple[str, dict[str, Any], str]] = {
+    "tensor-parallel-world": ("model", {"mp_world_size": 2}, "tensor parallelism"),
+    "experts": ("model", {"autoep_layers": {"0": {}}}, "expert parallelism"),
+    "hpz": ("zero", {"zero_hpz_partition_size": 2}, "hpZ"),
+    "mics": ("zero", {"mics_shard_size": 2}, "MiCS"),
+    "quantised": ("zero", {"zero_quantized_weights": True}, "quantised weights"),
+}
+
+
+@pytest.mark.dist
+@pytest.mark.parametrize("case", UNSUPPORTED)
+def test_layouts_that_are_not_understood_are_refused(saved, tmp_path: Path, case: str) -> None:
+    """Real files with the one entry that DeepSpeed writes for such a run."""
+    where, entries, reason = UNSUPPORTED[case]
+    shutil.copytree(saved(2) / "stage3/zero", tmp_path / "zero")
+    pattern = "*rank_0_*model_states.pt" if where == "model" else "*rank_0_*optim_states.pt"
+    (file,) = (tmp_path / "zero").glob(pattern)
+    content = torch.load(file, weights_only=False)
+    (content if where == "model" else content["ds_config"]["zero_optimization"]).update(entries)
+    torch.save(content, file)
+    with pytest.raises(UnreadableCheckpoint, match=f"saved with {re.escape(reason)}.* not supported"):
+        ZeroCheckpoint(tmp_path / "zero")
+
+
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [
+        ("layer_0_expert_0_mp_rank_00_model_states.pt", "experts and pipeline stages"),
+        ("layer_01-model_00-model_states.pt", "experts and pipeline stages"),
+        ("zero_pp_rank_0_mp_rank_01_optim_states.pt", "tensor parallel"),
+    ],
+)
+def test_files_of_other_kinds_of_parallelism_are_refused(tmp_path: Path, name: str, reason: str) -> None:
+    for file in ("zero_pp_rank_0_mp_rank_00_optim_states.pt", "mp_rank_00_model_states.pt", name):
+        (tmp_path / file).touch()
+    with pytest.raises(UnreadableCheckpoint, match=f"{reason}.*not supported"):
+        _find_files(tmp_path)
 
 
 def test_rank_files_sort_as_numbers(tmp_path: Path) -> None:

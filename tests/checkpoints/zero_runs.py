@@ -1,6 +1,7 @@
 """Functions that ranks run: train a little under DeepSpeed, save, and write down what DeepSpeed holds."""
 
 import sys
+import traceback
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,8 @@ def ds_config(
         "zero_force_ds_cpu_optimizer": False,
         "zero_optimization": {"stage": stage, **(zero or {})},
         **({dtype: {"enabled": True}} if dtype not in ("float32", "fp32") else {}),
+        # A smaller first scale than DeepSpeed's, which skips the first steps until the gradients fit
+        **({"fp16": {"enabled": True, "initial_scale_power": 4}} if dtype == "fp16" else {}),
         **(config or {}),
     }
 
@@ -41,13 +44,42 @@ def ds_config(
 def run_odd(out: str, cases: dict[str, dict[str, Any]]) -> None:
     """Train `OddModel` under each case and save it to `out/<case>`. Collective."""
     import deepspeed
+    from deepspeed.accelerator import get_accelerator
 
+    # Torch trains in float16 on any CPU; DeepSpeed asks whether the CPU has instructions of its own for it.
+    get_accelerator().is_fp16_supported = lambda: True
     deepspeed.init_distributed("gloo")
     for name, case in cases.items():
         print(f"case {name}", file=sys.stderr, flush=True)
         _train_odd(str(Path(out, name)), **case)
     torch.distributed.barrier()
     torch.distributed.destroy_process_group()
+
+
+def run_odd_forked(out: str, ranks: int, cases: dict[str, dict[str, Any]]) -> None:
+    """Run `run_odd` on `ranks` ranks that are forks of this process: many ranks for one import of DeepSpeed."""
+    import os
+
+    import deepspeed  # noqa: F401 - before the forks
+
+    children = []
+    for rank in range(ranks):
+        child = os.fork()
+        if child == 0:
+            code = 1
+            try:  # a fork must never return into the code that forked it
+                os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(ranks))
+                os.environ.update(LOCAL_WORLD_SIZE=str(ranks))
+                run_odd(out, cases)
+                code = 0
+            except BaseException:
+                traceback.print_exc()
+            finally:
+                sys.stderr.flush()
+                os._exit(code)
+        children.append(child)
+    codes = [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
+    assert codes == [0] * ranks, codes
 
 
 def _train_odd(

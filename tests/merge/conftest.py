@@ -27,6 +27,12 @@ CASES = {
         "parts": [],
         "dtype": "fp32",
     },
+    "lora-bias": {
+        "stage": 2,
+        "lora": {"r": 2, "lora_alpha": 6, "target_modules": ["q_proj", "v_proj", "qkv"], "lora_bias": True},
+        "parts": [],
+        "dtype": "fp32",
+    },
     "lora-and-merger": {"stage": 3, "lora": LORA, "parts": ["merger", "q_proj.base_layer"], "dtype": "fp32"},
     "full": {"stage": 3, "lora": None, "parts": ["language_model", "visual"], "dtype": "fp32"},
     "full-stage2": {"stage": 2, "lora": None, "parts": ["language_model"], "dtype": "fp32"},

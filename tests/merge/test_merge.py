@@ -1,7 +1,9 @@
 """Merged weights against base + adapter, and against what DeepSpeed held in training."""
 
+import hashlib
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -22,7 +24,7 @@ from qwenvl_dist.model.base_folder import BaseFolder, write_header
 from qwenvl_dist.model.names import runtime_name
 from tests.merge.tiny import load, logits, write_manifest
 
-LORA_CASES = ("lora-stage2", "lora-stage3", "lora-stage3-bf16", "rslora-patterns", "vision-lora")
+LORA_CASES = ("lora-stage2", "lora-stage3", "lora-stage3-bf16", "rslora-patterns", "vision-lora", "lora-bias")
 
 
 def peft_model(base: Path, adapter: Path) -> Any:
@@ -41,9 +43,11 @@ def peft_model(base: Path, adapter: Path) -> Any:
 @pytest.mark.parametrize("case", LORA_CASES)
 def test_merged_logits_are_those_of_base_and_adapter(bases, steps, tmp_path: Path, case: str) -> None:
     trained = read_trained(steps / case)
-    report = merge(trained, BaseFolder(bases["tied"]), tmp_path / "out", verify=True)
+    report = merge(trained, BaseFolder(bases["tied"]), tmp_path / "out", verify=True, verify_forward=True)
     write_adapter(trained, tmp_path / "adapter")
-    assert report.merged == len(trained.deltas) == (6 if case == "vision-lora" else 14)
+    assert len(trained.deltas) == {"vision-lora": 6, "lora-bias": 6}.get(case, 14)
+    assert report.merged == len(trained.deltas) * (2 if case == "lora-bias" else 1)
+    assert report.forward and all(each.error < 1e-5 < 1e-3 < each.change for each in report.forward.values())
     assert report.verified and report.verified.recomputed == report.merged
     assert report.verified.byte_equal == report.tensors - report.merged
 
@@ -117,6 +121,25 @@ def test_output_keeps_names_shards_and_untouched_bytes(bases, steps, tmp_path: P
 
 
 @pytest.mark.dist
+def test_output_has_the_names_of_the_published_index(bases, steps, shared_data: Path, tmp_path: Path) -> None:
+    """vLLM and SGLang read these; layers are counted the same, only fewer."""
+    index = json.loads(
+        (shared_data / "qwen2vl/Qwen2-VL-7B-Instruct/model.safetensors.index.json").read_text()
+    )
+    merge(
+        read_trained(steps / "lora-stage2"),
+        BaseFolder(bases["untied"]),
+        tmp_path / "out",
+        allow_other_base=True,
+    )
+
+    def kinds(names) -> set[str]:
+        return {re.sub(r"(layers|blocks)\.\d+\.", r"\1.N.", name) for name in names}
+
+    assert kinds(BaseFolder(tmp_path / "out").tensors) == kinds(index["weight_map"])
+
+
+@pytest.mark.dist
 @pytest.mark.parametrize("newer", (False, True))
 def test_old_and_new_tensor_names_give_the_same_model(bases, steps, tmp_path: Path, newer: bool) -> None:
     base = tmp_path / "base"
@@ -175,7 +198,31 @@ def test_processor_of_training_goes_with_the_model(bases, steps, tmp_path: Path)
     assert not (tmp_path / "out/chat_template.json").exists()  # the base's would contradict it
     assert (tmp_path / "out/vocab.json").exists()
     assert (tmp_path / "out/generation_config.json").exists()
-    assert json.loads((tmp_path / "out/merge_report.json").read_text())["merged"] == 14
+
+
+@pytest.mark.dist
+def test_report_accounts_for_every_tensor(bases, steps, tmp_path: Path) -> None:
+    trained = read_trained(steps / "lora-stage2")
+    merge(trained, BaseFolder(bases["bf16"]), tmp_path / "out")
+    report = json.loads((tmp_path / "out/merge_report.json").read_text())
+    out, base = BaseFolder(tmp_path / "out"), load_file(bases["bf16"] / "model.safetensors")
+    data = (tmp_path / "out/model.safetensors").read_bytes()
+    assert report["sha256"] == {
+        name: hashlib.sha256(data[entry.begin : entry.end]).hexdigest() for name, entry in out.tensors.items()
+    }
+    merged = load_file(tmp_path / "out/model.safetensors")
+    assert [line["name"] for line in report["modules"]] == [
+        name for name in out.tensors if runtime_name(name).removesuffix(".weight") in trained.deltas
+    ]
+    for line in report["modules"]:
+        name = line["name"]
+        delta = trained.deltas[runtime_name(name).removesuffix(".weight")]
+        weight, change = base[name].double(), delta.scaling * delta.lora_b.double() @ delta.lora_a.double()
+        lost = merged[name].double() - (weight + change)
+        assert line["relative_delta"] == pytest.approx((change.norm() / weight.norm()).item(), rel=1e-4)
+        assert line["rounding_error"] == pytest.approx((lost.norm() / change.norm()).item(), rel=1e-3)
+        assert line["changed"] == (merged[name] != base[name]).double().mean().item()
+        assert 0 < line["rounding_error"] < 1 and 0 < line["changed"] <= 1
 
 
 @pytest.mark.dist
@@ -362,6 +409,7 @@ def test_command_prints_the_contract_json(bases, steps, tmp_path: Path) -> None:
                 "--adapter-out",
                 str(tmp_path / "adapter"),
                 "--verify",
+                "--verify-forward",
                 "--json",
             ),
         ],
@@ -373,6 +421,9 @@ def test_command_prints_the_contract_json(bases, steps, tmp_path: Path) -> None:
     result = json.loads(process.stdout.splitlines()[-1])
     assert {"tensors", "merged", "bytes", "seconds", "peak_rss_gib"} <= result.keys()
     assert result["merged"] == 14
+    assert result["forward"].keys() == {"image", "text"}
+    assert "image prompt: the adapter moves the base's logits by" in process.stderr
+    assert json.loads((tmp_path / "out/merge_report.json").read_text())["forward"] == result["forward"]
     assert result["bytes"] == (tmp_path / "out/model.safetensors").stat().st_size
     load(tmp_path / "out")
 

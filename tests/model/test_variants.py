@@ -21,6 +21,7 @@ VARIANTS: dict[str, tuple[dict[str, Any], bool]] = {
     "rslora": ({"use_rslora": True}, True),
     "patterns": ({"rank_pattern": {"k_proj": 1, "1.mlp.*": 9}, "alpha_pattern": {"v_proj": 3}}, True),
     "dora": ({"use_dora": True}, False),
+    "bias": ({"target_modules": ("q_proj", "v_proj", "qkv"), "lora_bias": True}, False),
     "tower-and-merger": ({"target_modules": ("proj", "merger.mlp.0", "up_proj")}, True),
     "saved-merger": ({"modules_to_save": ("merger",)}, True),
     "saved-norms": ({"modules_to_save": ("post_attention_layernorm", "language_model.norm")}, False),
@@ -97,6 +98,9 @@ REFUSED: dict[str, tuple[dict[str, Any], tuple[str, ...], str]] = {
     "rank-of-nothing": ({"rank_pattern": {"q_prj": 2}}, (), r"lora.rank_pattern: 'q_prj' matches no module that"),
     "alpha-of-no-target": ({"alpha_pattern": {"fc1": 2}}, (), r"lora.alpha_pattern: 'fc1' matches no module that"),
     "not-the-whole-end": ({"rank_pattern": {"q": 2}}, (), r"lora.rank_pattern: 'q' matches no module that"),
+    "bias-without-base-bias": (
+        {"target_modules": ("q_proj", "up_proj"), "lora_bias": True}, (), r"lora.lora_bias: .*up_proj has no bias of its",
+    ),
     "saves-nothing": ({"modules_to_save": ("mergr",)}, (), r"lora.modules_to_save: 'mergr' matches no module"),
     "saves-more": (
         {"modules_to_save": ("norm",)}, (), r"'norm' also matches model.*layernorm for peft, .* name more of it",
