@@ -99,7 +99,7 @@ REFUSED: dict[str, tuple[dict[str, Any], tuple[str, ...], str]] = {
     "alpha-of-no-target": ({"alpha_pattern": {"fc1": 2}}, (), r"lora.alpha_pattern: 'fc1' matches no module that"),
     "not-the-whole-end": ({"rank_pattern": {"q": 2}}, (), r"lora.rank_pattern: 'q' matches no module that"),
     "bias-without-base-bias": (
-        {"target_modules": ("q_proj", "up_proj"), "lora_bias": True}, (), r"lora.lora_bias: .*up_proj has no bias of its",
+        {"target_modules": ("q_proj", "up_proj"), "lora_bias": True}, (), r"lora.lora_bias: .*up_proj has no bias",
     ),
     "saves-nothing": ({"modules_to_save": ("mergr",)}, (), r"lora.modules_to_save: 'mergr' matches no module"),
     "saves-more": (
