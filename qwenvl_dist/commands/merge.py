@@ -81,6 +81,7 @@ def run(args: argparse.Namespace) -> int:
             "merged": report.merged,
             "bytes": report.bytes,
             "seconds": report.seconds,
+            "files_from_earlier_start": len(report.files_from_earlier_start),
         }
         if report.verified is not None:
             result["verified"] = vars(report.verified)
@@ -95,6 +96,11 @@ def run(args: argparse.Namespace) -> int:
         print(json.dumps(result))
         return 0
     if args.out is not None:
+        if result["files_from_earlier_start"]:
+            print(
+                f"went on after {result['files_from_earlier_start']} files of an earlier start",
+                file=sys.stderr,
+            )
         print(
             f"{args.out}: {result['merged']} of {result['tensors']} tensors merged from {folder}, "
             f"{result['bytes'] / 1e9:.2f} GB in {result['seconds']:.1f} s, "

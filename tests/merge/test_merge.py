@@ -14,6 +14,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from qwenvl_dist.__main__ import main
 from qwenvl_dist.checkpoints.zero import ZeroCheckpoint
 from qwenvl_dist.errors import CheckFailed, UserError
 from qwenvl_dist.merge import apply_lora
@@ -80,7 +81,9 @@ def test_both_stages_train_the_same_adapter(steps) -> None:
 @pytest.mark.parametrize("case", ("full", "full-stage2", "lora-and-merger"))
 def test_fully_trained_parameters_replace_the_base(bases, steps, tmp_path: Path, case: str) -> None:
     trained = read_trained(steps / case)
-    merge(trained, BaseFolder(bases["tied"]), tmp_path / "out", verify=True)
+    report = merge(trained, BaseFolder(bases["tied"]), tmp_path / "out", verify=True, verify_forward=True)
+    assert report.forward and all(each.error < 1e-5 < 1e-3 < each.change for each in report.forward.values())
+    assert all(line["relative_delta"] > 0 and line["rounding_error"] == 0 for line in report.modules)
     written = load_file(tmp_path / "out/model.safetensors")
     base = load_file(bases["tied"] / "model.safetensors")
     checkpoint = ZeroCheckpoint(steps / case)
@@ -267,6 +270,31 @@ def test_a_checkpoint_that_differs_from_its_manifest_is_refused(bases, steps, tm
         read_trained(step)
 
 
+class _Touch:
+    """Unpickled by Python's own rules, it makes a file."""
+
+    def __init__(self, mark: Path) -> None:
+        self.mark = mark
+
+    def __reduce__(self) -> Any:
+        return Path.touch, (self.mark,)
+
+
+@pytest.mark.dist
+@pytest.mark.parametrize("pattern", ("*rank_1_*optim_states.pt", "mp_rank_00_model_states.pt"))
+def test_a_checkpoint_that_would_run_something_is_refused_and_not_run(
+    bases, steps, tmp_path: Path, pattern: str
+) -> None:
+    step = tmp_path / "step"
+    shutil.copytree(steps / "lora-stage2", step)
+    (file,) = (step / "zero").glob(pattern)
+    content = torch.load(file, weights_only=False)
+    torch.save({**content, "note": _Touch(tmp_path / "mark")}, file)
+    with pytest.raises(UserError, match="refused, nothing was run"):
+        merge(read_trained(step), BaseFolder(bases["tied"]), tmp_path / "out")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["step"]
+
+
 def test_fingerprint_notices_one_changed_tensor(bases, tmp_path: Path) -> None:
     shutil.copytree(bases["tied"], tmp_path / "base")
     before = BaseFolder(tmp_path / "base").fingerprint()
@@ -422,10 +450,27 @@ def test_command_prints_the_contract_json(bases, steps, tmp_path: Path) -> None:
     assert {"tensors", "merged", "bytes", "seconds", "peak_rss_gib"} <= result.keys()
     assert result["merged"] == 14
     assert result["forward"].keys() == {"image", "text"}
-    assert "image prompt: the adapter moves the base's logits by" in process.stderr
     assert json.loads((tmp_path / "out/merge_report.json").read_text())["forward"] == result["forward"]
     assert result["bytes"] == (tmp_path / "out/model.safetensors").stat().st_size
     load(tmp_path / "out")
+
+
+@pytest.mark.dist
+def test_command_says_what_was_proved(
+    bases, steps, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = [
+        "merge",
+        str(steps / "lora-stage2"),
+        "--base",
+        str(bases["tied"]),
+        "--out",
+        str(tmp_path / "out"),
+    ]
+    assert main([*arguments, "--verify", "--verify-forward"]) == 0
+    said = capsys.readouterr().err
+    assert "14 of 57 tensors merged" in said and "14 merged ones equal to a second computation" in said
+    assert "text prompt: the adapter moves the base's logits by" in said
 
 
 def test_damaged_bases_are_refused(bases, tmp_path: Path) -> None:

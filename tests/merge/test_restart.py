@@ -109,7 +109,12 @@ def assert_whole(work: Path, out: Path) -> None:
         assert (out / file).read_bytes() == (work / "whole" / file).read_bytes()
 
 
-@pytest.mark.parametrize("instant", INSTANTS)
+QUICK = ("before-a-copy", "before-the-third-mark", "before-the-rename")
+
+
+@pytest.mark.parametrize(
+    "instant", [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in INSTANTS]
+)
 def test_second_start_goes_on_after_a_kill(work: Path, tmp_path: Path, instant: str) -> None:
     *where, some = INSTANTS[instant]
     process = start(work, tmp_path / "out", *where)
@@ -130,6 +135,7 @@ def test_second_start_goes_on_after_a_kill(work: Path, tmp_path: Path, instant: 
     assert (report.sha256, report.modules) == (first["sha256"], first["modules"])
 
 
+@pytest.mark.slow
 def test_kills_at_random_times(work: Path, tmp_path: Path) -> None:
     generator = random.Random(5)
     out = tmp_path / "out"
