@@ -22,6 +22,8 @@ from qwenvl_dist.merge.parallel import for_each
 from qwenvl_dist.merge.safetensors_writer import COPY_BYTES, SafetensorsWriter, open_for_reading
 from qwenvl_dist.model.base_folder import DTYPE_BYTES, BaseFolder, SafetensorsFile, write_header
 
+READ_AHEAD_BYTES = 16 << 20
+
 
 def output_bytes(plan: TensorPlan) -> int:
     """Return the size of a tensor in the output."""
@@ -122,17 +124,23 @@ def _places(file: _OpenFile) -> list[tuple[_OpenFile, TensorPlan, int]]:
 def _write_tensor(place: tuple[_OpenFile, TensorPlan, int]) -> dict[str, Any]:
     """Write one tensor; return its record: name and sha256, and of a merged one what changed."""
     file, plan, offset = place
-    os.posix_fadvise(file.source, plan.entry.begin, min(plan.entry.nbytes, 64 << 20), os.POSIX_FADV_WILLNEED)
+    _read_ahead(file.source, plan.entry.begin, READ_AHEAD_BYTES)
     work = _copy_tensor if plan.copied else _compute_tensor
     record = work(plan, file.source, file.writer, offset)
     file.writer.start_writeback(offset, output_bytes(plan))
     return record
 
 
+def _read_ahead(source: int, begin: int, count: int) -> None:
+    """Let the disk fetch a range: the kernel's own window is small, and threads that share a file confuse it."""
+    os.posix_fadvise(source, begin, count, os.POSIX_FADV_WILLNEED)
+
+
 def _copy_tensor(plan: TensorPlan, source: int, writer: SafetensorsWriter, offset: int) -> dict[str, Any]:
     digest, buffer = hashlib.sha256(), memoryview(bytearray(min(COPY_BYTES, plan.entry.nbytes)))
     for begin in range(0, plan.entry.nbytes, COPY_BYTES):
         count = min(COPY_BYTES, plan.entry.nbytes - begin)
+        _read_ahead(source, plan.entry.begin + begin + READ_AHEAD_BYTES, count)
         writer.copy(source, plan.entry.begin + begin, offset + begin, count)
         if os.preadv(source, [buffer[:count]], plan.entry.begin + begin) != count:  # from memory: just copied
             raise OSError(f"{plan.entry.file} ended early")
@@ -142,7 +150,11 @@ def _copy_tensor(plan: TensorPlan, source: int, writer: SafetensorsWriter, offse
 
 def _compute_tensor(plan: TensorPlan, source: int, writer: SafetensorsWriter, offset: int) -> dict[str, Any]:
     digest, change, buffers = hashlib.sha256(), Change(plan), BlockBuffers(plan)
+    row_bytes = plan.entry.nbytes // max(1, plan.rows)
     for begin, end in row_blocks(plan):
+        _read_ahead(
+            source, plan.entry.begin + begin * row_bytes + READ_AHEAD_BYTES, (end - begin) * row_bytes
+        )
         base = read_rows(source, plan.entry, plan.columns, begin, end, buffers.base)
         weight = buffers.exact[: end - begin].copy_(base)
         change.add_base(weight)
