@@ -275,7 +275,7 @@ class Change:
             self._changed += int((base.to(rounded.dtype) != rounded).count_nonzero())
         if not self._low_rank:
             self._moved += sum_of_squares(torch.sub(exact, base, out=spare))
-        rounding = sum_of_squares(torch.sub(exact, rounded, out=spare))  # NaN where one of them is not finite
+        rounding = sum_of_squares(spare.copy_(rounded).sub_(exact))  # not finite where one of them is not
         if not math.isfinite(rounding):
             _raise_if_not_finite(self._plan, rounded)
         self._rounding += rounding
