@@ -206,9 +206,12 @@ class TrainConfig(_Section):
     eval_every_steps: Annotated[int, Field(ge=1)] = 500
     checkpoint_every_steps: Annotated[int, Field(ge=1)] = 500
     keep_checkpoints: Annotated[int, Field(ge=1)] = 3  # newest ones; the best is kept beside them
+    # The steps go on while a checkpoint, copied to host memory, is written behind them.
+    checkpoint_async: bool = False
     resume: str = "auto"  # auto | never | a step folder
     seed: Seed = 0  # adapter initialisation and dropout
     output_dir: str = "runs/qwen2vl"
+    output_shared: bool = True  # false: each node has its own output_dir; rank 0's gets all checkpoints
     timeout_seconds: Annotated[int, Field(ge=10)] = 1800  # a collective that waits longer ends the run
 
 

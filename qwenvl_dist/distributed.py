@@ -250,7 +250,7 @@ class HostGroup:
     """Sums, gathers and broadcasts of small host-side values over all ranks.
 
     A gloo group of its own, so that agreeing on a count or a stop signal never waits for a GPU.
-    All methods are collective.
+    All methods but `send` and `receive` are collective; one thread at a time may call them.
     """
 
     def __init__(self, timeout_seconds: float) -> None:
@@ -294,6 +294,27 @@ class HostGroup:
         box = [value]
         dist.broadcast_object_list(box, src=0, group=self._group)
         return box[0]
+
+    def send(self, data: bytes | bytearray, to: int) -> None:
+        """Send bytes to one rank, which must `receive` them."""
+        import torch
+        import torch.distributed as dist
+
+        dist.send(torch.tensor([len(data)]), to, group=self._group)
+        if data:
+            dist.send(torch.frombuffer(bytearray(data), dtype=torch.uint8), to, group=self._group)
+
+    def receive(self, sender: int) -> bytes:
+        """Return the bytes that one rank sends."""
+        import torch
+        import torch.distributed as dist
+
+        length = torch.zeros(1, dtype=torch.int64)
+        dist.recv(length, sender, group=self._group)
+        data = torch.empty(int(length), dtype=torch.uint8)
+        if data.numel():
+            dist.recv(data, sender, group=self._group)
+        return data.numpy().tobytes()
 
     def barrier(self) -> None:
         """Wait for all ranks."""

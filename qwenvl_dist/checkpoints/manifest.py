@@ -8,6 +8,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from qwenvl_dist.checkpoints.torch_file import UnreadableCheckpoint
+from qwenvl_dist.checkpoints.zero import ZeroCheckpoint
 from qwenvl_dist.files import fsync, sha256_of
 
 FORMAT = "qwenvl-dist-checkpoint"
@@ -92,12 +94,29 @@ def verify(folder: Path) -> dict[str, Any]:
     return manifest
 
 
+def verify_step(folder: Path) -> dict[str, Any]:
+    """Do what `verify` does, and make sure that all ranks' partitions are of one step; return the manifest."""
+    manifest = verify(folder)
+    try:
+        checkpoint = ZeroCheckpoint(folder)
+        steps = sorted({checkpoint.optimizer_step(name) for name in checkpoint.shapes})
+    except UnreadableCheckpoint as error:
+        raise InvalidCheckpoint(str(error)) from error
+    if len(steps) != 1:
+        raise InvalidCheckpoint(f"its partitions are of different steps: {steps}")
+    if checkpoint.world_size != manifest["world_size"]:
+        raise InvalidCheckpoint(
+            f"holds partitions of {checkpoint.world_size} ranks instead of {manifest['world_size']}"
+        )
+    return manifest
+
+
 def newest_valid(checkpoints: Path) -> tuple[Path | None, dict[str, Any], list[str]]:
     """Return the newest whole checkpoint, its manifest, and a line for each newer one that was skipped."""
     skipped = []
     for folder in step_folders(checkpoints):
         try:
-            return folder, verify(folder), skipped
+            return folder, verify_step(folder), skipped
         except InvalidCheckpoint as error:
             skipped.append(f"{folder.name}: {error}")
     return None, {}, skipped

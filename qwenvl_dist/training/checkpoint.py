@@ -1,15 +1,18 @@
-"""Write, verify, find, resume and rotate checkpoints.
+"""When and what a run saves, which checkpoint it resumes, and which ones stay.
 
-DeepSpeed writes its own partition files, of what trains only; the manifest around them makes a step folder whole or
-absent, never half. Reading goes by parameter name, so a run resumes on any number of ranks and any ZeRO stage.
+DeepSpeed says what belongs into its partition files, of what trains only; `checkpoints/publish.py` writes them and
+makes a step folder whole or absent, never half. Reading goes by parameter name, so a run resumes on any number of ranks
+and any ZeRO stage.
 """
 
 from __future__ import annotations
 
 import contextlib
-import re
-import shutil
+import io
+import tempfile
 from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,18 +21,28 @@ import torch
 from torch import nn
 
 from qwenvl_dist.checkpoints import manifest as manifests
+from qwenvl_dist.checkpoints.publish import (
+    PublishFailed,
+    Write,
+    describe,
+    publish,
+    remove_leftovers,
+    remove_whole,
+)
 from qwenvl_dist.checkpoints.zero import ZeroCheckpoint
+from qwenvl_dist.distributed import HostGroup
 from qwenvl_dist.errors import CheckFailed, UserError
-from qwenvl_dist.files import fsync
 from qwenvl_dist.logs import get_logger
 from qwenvl_dist.model.base_folder import BaseFolder
 from qwenvl_dist.model.load import save_processor
 from qwenvl_dist.model.lora import trainable_parameters
+from qwenvl_dist.training.output_folder import set_aside
+from qwenvl_dist.training.restore import RelayedCheckpoint, load_trained_state, require_same_adapter
 from qwenvl_dist.training.state import data_state, restore_progress
 
 if TYPE_CHECKING:
-    from qwenvl_dist.config import LoraConfig
-    from qwenvl_dist.distributed import HostGroup
+    from collections.abc import Sequence
+
     from qwenvl_dist.training.state import TrainState
 
 log = get_logger(__name__)
@@ -38,31 +51,6 @@ _PACKAGES = ("torch", "transformers", "accelerate", "deepspeed", "peft", "webdat
 
 class CheckpointError(CheckFailed):
     """A checkpoint could not be written; earlier ones are untouched."""
-
-
-def require_shared_folder(run: Path, host: HostGroup) -> None:
-    """Raise UserError on all ranks when they do not see one and the same output folder. Collective."""
-    token = run / ".shared-folder-token"
-    failure = ""
-    if host.rank == 0:
-        try:
-            run.mkdir(parents=True, exist_ok=True)
-            token.write_text("", encoding="utf-8")
-        except OSError as error:
-            failure = f"train.output_dir = {run}: cannot be written ({error.strerror}); choose another folder"
-    failure = host.from_main(failure)
-    if not failure:
-        blind = [rank for rank, seen in enumerate(host.gather(token.exists())) if not seen]
-        if blind:
-            failure = (
-                f"train.output_dir = {run}: ranks {blind} do not see what rank 0 writes there; "
-                "use a folder on storage that all nodes share"
-            )
-    host.barrier()
-    if host.rank == 0:
-        token.unlink(missing_ok=True)
-    if failure:
-        raise UserError(failure)
 
 
 @contextlib.contextmanager
@@ -87,100 +75,150 @@ def _only_trained(model: nn.Module) -> Iterator[None]:
         handle.remove()
 
 
-def unused_name(path: Path) -> Path:
-    """Return `path`, with a number behind it when that name is taken."""
-    number, free = 0, path
-    while free.exists():
-        number += 1
-        free = path.with_name(f"{path.name}-{number}")
-    return free
+class _Catcher:
+    """Stands for DeepSpeed's checkpoint engine and writes nothing: no disk can fail among its barriers."""
+
+    def __init__(self) -> None:
+        self.files: dict[str, Any] = {}
+
+    def save(self, state_dict: Any, path: str) -> None:
+        self.files[Path(path).name] = state_dict
+
+    def is_decoupled(self) -> bool:
+        return True  # DeepSpeed then leaves it to the engine to say that all is done
+
+    def create(self, info: Any) -> None: ...
+
+    def makedirs(self, path: str, exist_ok: bool = False) -> None: ...
 
 
-def _owner(name: str) -> int:
-    """Return the rank that wrote a DeepSpeed file."""
-    found = re.search(r"zero_pp_rank_(\d+)_", name)
-    return int(found.group(1)) if found else 0
+def partitions(engine: Any) -> dict[str, Any]:
+    """Return this rank's files of a DeepSpeed checkpoint, by name: references to the live state. Collective."""
+    catcher, own, script = _Catcher(), engine.checkpoint_engine, engine._copy_recovery_script
+    engine.checkpoint_engine = catcher
+    engine._copy_recovery_script = lambda _path: None  # its converters; here it is `qwenvl-dist merge`
+    try:
+        with _only_trained(engine.module):
+            engine.save_checkpoint("nowhere", tag=manifests.PARTITIONS, exclude_frozen_parameters=True)
+    finally:
+        engine.checkpoint_engine, engine._copy_recovery_script = own, script
+    return catcher.files
+
+
+def _writes(content: bytes | memoryview) -> Write:
+    return lambda file: file.write(content)
 
 
 class Checkpoints:
-    """The checkpoints folder of one run."""
+    """The checkpoints folder of one run.
 
-    def __init__(self, state: TrainState, base: Path) -> None:
-        self.state = state
-        self.folder = Path(state.recipe.train.output_dir) / "checkpoints"
+    Args:
+        state: of the run.
+        base: the resolved folder of the base.
+        elsewhere: ranks that do not see rank 0's output folder; it writes and reads for them.
+    """
+
+    def __init__(self, state: TrainState, base: Path, elsewhere: Sequence[int] = ()) -> None:
+        self.state, self._elsewhere = state, list(elsewhere)
+        self.run = Path(state.recipe.train.output_dir)
+        self.folder = self.run / "checkpoints"
         self.base = {"path": state.recipe.model.base, "fingerprint": BaseFolder(base).fingerprint()}
         self.last_saved: int | None = None
+        self._same_files = self._read_same_files() if state.topology.is_main else {}
+        self._group = state.host
+        self._thread: ThreadPoolExecutor | None = None
+        self._in_flight: Future[None] | None = None
+        if state.recipe.train.checkpoint_async:
+            # Its own group: two threads must not talk over one.
+            self._group = HostGroup(state.recipe.train.timeout_seconds)
+            self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+
+    def _read_same_files(self) -> dict[str, Write]:
+        """Return what is the same in every checkpoint."""
+        with tempfile.TemporaryDirectory() as scratch:
+            folder = Path(scratch)
+            adapter = getattr(self.state.engine.module, "peft_config", None)
+            if adapter is not None:
+                adapter["default"].save_pretrained(scratch)
+            save_processor(self.state.processor, self.state.recipe.data.image_size, folder / "processor")
+            found = {
+                str(path.relative_to(folder)): path.read_bytes() for path in manifests.files_below(folder)
+            }
+        found["latest"] = manifests.PARTITIONS.encode()
+        return {name: _writes(content) for name, content in found.items()}
 
     # --- writing -----------------------------------------------------------------------------------------------
 
     def save(self, val_loss: float | None = None) -> None:
         """Write the current step's checkpoint, point `best` at it if it is, rotate. Collective.
 
+        With `train.checkpoint_async` only until all is copied to host memory; `wait` does the rest.
         Raises CheckpointError on all ranks when one of them could not write; earlier checkpoints stay as they are.
         """
-        state = self.state
-        final = manifests.step_folder(self.folder, state.progress.step)
-        partial = self.folder / f".{final.name}.partial"
+        self.wait()
+        state, step = self.state, self.state.progress.step
+        failure = ""
         if state.topology.is_main:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            shutil.rmtree(partial, ignore_errors=True)
-        state.host.barrier()
-        failure, files = "", {}
-        try:
-            files = self._write_partitions(partial)
-        except (OSError, RuntimeError) as error:  # torch's writer says "RuntimeError" for a full disk
-            failure = f"rank {state.topology.rank}: {error}"
-        answers = state.host.gather((failure, files))
-        failures = [failure for failure, _ in answers if failure]
-        if not failures and state.topology.is_main:
             try:
-                self._publish(
-                    partial, final, {k: v for _, part in answers for k, v in part.items()}, val_loss
-                )
-                self._point_best(final, val_loss)
+                self.folder.mkdir(parents=True, exist_ok=True)
+                remove_leftovers(self.folder)
+            except OSError as error:
+                failure = f"rank 0: {describe(error)}"
+        failure = state.host.from_main(failure)
+        if failure:
+            raise self._error(step, failure)
+        files = dict(self._same_files)
+        for name, content in partitions(state.engine).items():
+            write = partial(torch.save, content)
+            if self._thread:
+                memory = io.BytesIO()
+                write(memory)
+                write = _writes(memory.getbuffer())
+            files[f"{manifests.PARTITIONS}/{name}"] = write
+        is_best = val_loss is not None and val_loss == state.progress.best_val_loss
+        arguments = (step, files, self._manifest(val_loss), is_best)
+        self.last_saved = step
+        if self._thread:
+            self._in_flight = self._thread.submit(self._finish, *arguments)
+        else:
+            self._finish(*arguments)
+
+    @property
+    def failed(self) -> bool:
+        """Whether this rank knows that what was written in the background could not be; `wait` tells why."""
+        return self._in_flight is not None and self._in_flight.done() and bool(self._in_flight.exception())
+
+    def wait(self) -> None:
+        """Wait for what is written in the background. Collective in effect; raises as `save` does."""
+        if self._in_flight:
+            in_flight, self._in_flight = self._in_flight, None
+            in_flight.result()
+
+    def _error(self, step: int, reason: object) -> CheckpointError:
+        return CheckpointError(
+            f"checkpoint of step {step} could not be written: {reason}; "
+            "earlier checkpoints are untouched, mend the storage and start again to resume"
+        )
+
+    def _finish(self, step: int, files: dict[str, Write], manifest: dict[str, Any], is_best: bool) -> None:
+        """Publish, then tidy up. Collective over `_group`, in the thread if there is one."""
+        final = manifests.step_folder(self.folder, step)
+        try:
+            publish(self._group, final, files, manifest, self._elsewhere)
+        except PublishFailed as error:
+            raise self._error(step, error) from None
+        log.info("step %d: checkpoint written to %s", step, final)
+        if self.state.topology.is_main:
+            try:
+                if is_best:
+                    self._point_best(final)
                 self._rotate()
             except OSError as error:
-                failures = [f"rank 0: {error}"]
-        failures = state.host.from_main(failures)
-        if failures:
-            if state.topology.is_main:
-                shutil.rmtree(partial, ignore_errors=True)
-            raise CheckpointError(
-                f"checkpoint of step {state.progress.step} could not be written: {failures[0]}; "
-                "earlier checkpoints are untouched, mend the storage and start again to resume"
-            )
-        self.last_saved = state.progress.step
-        log.info("step %d: checkpoint written to %s", state.progress.step, final)
+                log.warning("step %d: older checkpoints could not be tidied up: %s", step, describe(error))
 
-    def _write_partitions(self, partial: Path) -> dict[str, dict[str, Any]]:
-        """Let DeepSpeed write; return what this rank wrote, each file forced to the disk and described. Collective."""
-        with _only_trained(self.state.engine.module):
-            self.state.engine.save_checkpoint(
-                str(partial), tag=manifests.PARTITIONS, exclude_frozen_parameters=True
-            )
-        self.state.host.barrier()
-        mine = {}
-        for path in manifests.files_below(partial / manifests.PARTITIONS):
-            if _owner(path.name) == self.state.topology.rank:
-                fsync(path)
-                mine[str(path.relative_to(partial))] = manifests.describe_file(path)
-        return mine
-
-    def _publish(self, partial: Path, final: Path, files: dict[str, Any], val_loss: float | None) -> None:
-        """Add what one rank writes for all, then the manifest, then give the folder its name. Rank 0 only."""
+    def _manifest(self, val_loss: float | None) -> dict[str, Any]:
         state, recipe = self.state, self.state.recipe
-        for script in partial.glob("*.py"):  # DeepSpeed's own converters; here it is `qwenvl-dist merge`
-            script.unlink()
-        adapter = getattr(state.engine.module, "peft_config", None)
-        if adapter is not None:
-            adapter["default"].save_pretrained(str(partial))
-        save_processor(state.processor, recipe.data.image_size, partial / "processor")
-        for path in manifests.files_below(partial):
-            name = str(path.relative_to(partial))
-            if name not in files:
-                fsync(path)
-                files[name] = manifests.describe_file(path)
-        content = {
+        return {
             "step": state.progress.step,
             "world_size": state.topology.world_size,
             "zero_stage": state.engine.zero_optimization_stage(),
@@ -194,44 +232,34 @@ class Checkpoints:
                 "best_val_loss": state.progress.best_val_loss,
             },
             "val_loss": val_loss,
-            "files": dict(sorted(files.items())),
         }
-        manifests.write_manifest(partial, content)
-        if final.exists():  # an invalid checkpoint of this step, which the resume passed over
-            stale = final.with_name(f".{final.name}.stale")
-            shutil.rmtree(stale, ignore_errors=True)
-            final.rename(stale)
-            shutil.rmtree(stale, ignore_errors=True)
-        partial.rename(final)
-        fsync(self.folder)
 
-    def _point_best(self, final: Path, val_loss: float | None) -> None:
-        if val_loss is None or val_loss != self.state.progress.best_val_loss:
-            return
-        link = self.folder / manifests.BEST
+    def _point_best(self, final: Path) -> None:
         fresh = self.folder / f".{manifests.BEST}.tmp"
         fresh.unlink(missing_ok=True)
         fresh.symlink_to(final.name)
-        fresh.replace(link)
+        fresh.replace(self.folder / manifests.BEST)
 
     def _rotate(self) -> None:
         """Remove the oldest checkpoints beyond the number to keep; never the best or the newest."""
         best = (self.folder / manifests.BEST).resolve()
         for folder in manifests.step_folders(self.folder)[self.state.recipe.train.keep_checkpoints :]:
             if folder.resolve() != best:
-                gone = folder.with_name(f".{folder.name}.removed")
-                folder.rename(gone)  # at once, so that a kill in the middle leaves no half checkpoint
-                shutil.rmtree(gone, ignore_errors=True)
+                remove_whole(folder, "removed")
 
     # --- reading -----------------------------------------------------------------------------------------------
 
     def resume(self) -> bool:
         """Load the checkpoint that the recipe asks for, if there is one. Collective; tells whether it did."""
         wanted = self.state.recipe.train.resume
+        host = self.state.host
         found: tuple[str | None, dict[str, Any], str] = (None, {}, "")
-        if self.state.topology.is_main and wanted != "never":
-            found = self._find(wanted)
-        folder, manifest, failure = self.state.host.from_main(found)
+        if self.state.topology.is_main:
+            for name in remove_leftovers(self.folder):
+                log.info("removed %s, which an earlier start did not finish", self.folder / name)
+            if wanted != "never":
+                found = self._find(wanted)
+        folder, manifest, failure = host.from_main(found)
         if failure:
             raise UserError(failure)
         if folder is None:
@@ -243,42 +271,40 @@ class Checkpoints:
                 f"{self.base['path']}; name that base, or start another run in another train.output_dir"
             )
         require_same_adapter(manifest["lora"], self.state.recipe.lora, folder)
-        load_trained_state(self.state.engine, ZeroCheckpoint(folder))
-        best = self._set_aside_later() if self.state.topology.is_main else None
-        self.state.progress.best_val_loss = self.state.host.from_main(best)
+        checkpoint = (
+            RelayedCheckpoint(Path(folder), host) if self._elsewhere else ZeroCheckpoint(Path(folder))
+        )
+        load_trained_state(self.state.engine, checkpoint)
+        best = self._drop_other_histories(Path(folder)) if self.state.topology.is_main else None
+        self.state.progress.best_val_loss = host.from_main(best)
         self.last_saved = self.state.progress.step
         log.info("resumed from %s: step %d", folder, self.state.progress.step)
         return True
 
-    def _set_aside_later(self) -> float | None:
-        """Move damaged or undone checkpoints of later steps to `discarded/`; return the best validation loss left.
+    def _drop_other_histories(self, resumed: Path) -> float | None:
+        """Move checkpoints to `discarded/` that do not lead to the resumed one; return the best validation loss left.
 
-        Rotation would count them among the newest, and the next resume take one of a history that is no more. When the
-        best was among them, `best` points to the best of the others. Rank 0 only.
+        They are damaged or undone ones of later steps, and all when another run's is resumed: rotation would count
+        them among the newest, and the next resume take one of a history that is no more. `best` points to the best of
+        those that stay. Rank 0 only.
         """
-        remaining = []
+        own = resumed.resolve().parent == self.folder.resolve()
+        losses: list[tuple[float, str]] = []
         for folder in manifests.step_folders(self.folder):
-            if int(folder.name.removeprefix("step-")) > self.state.progress.step:
-                target = unused_name(self.folder.parent / "discarded" / self.folder.name / folder.name)
-                target.parent.mkdir(parents=True, exist_ok=True)
-                folder.rename(target)
-                log.warning("resume: moved %s, which comes after it, to %s", folder.name, target)
-            else:
-                remaining.append(folder)
-        link = self.folder / manifests.BEST
-        if link.is_symlink() and not link.exists():
-            link.unlink()
-            losses = []
-            for folder in remaining:
-                with contextlib.suppress(manifests.InvalidCheckpoint):
-                    losses.append((manifests.read_manifest(folder)["val_loss"], folder))
-            known = [(loss, folder) for loss, folder in losses if loss is not None]
-            if not known:
-                return None
-            loss, folder = min(known)
-            link.symlink_to(folder.name)
-            return loss
-        return self.state.progress.best_val_loss
+            if not own or int(folder.name.removeprefix("step-")) > self.state.progress.step:
+                target = set_aside(self.run, folder)
+                log.warning("resume: moved %s, which %s does not follow, to %s", folder.name, resumed, target)
+                continue
+            with contextlib.suppress(manifests.InvalidCheckpoint):
+                loss = manifests.read_manifest(folder)["val_loss"]
+                if loss is not None:
+                    losses.append((loss, folder.name))
+        if not losses:
+            (self.folder / manifests.BEST).unlink(missing_ok=True)
+            return None
+        loss, name = min(losses)
+        self._point_best(self.folder / name)
+        return loss
 
     def _find(self, wanted: str) -> tuple[str | None, dict[str, Any], str]:
         if wanted == "auto":
@@ -292,93 +318,6 @@ class Checkpoints:
                 )  # fmt: skip
             return (str(folder) if folder else None), manifest, ""
         try:
-            return wanted, manifests.verify(Path(wanted)), ""
+            return wanted, manifests.verify_step(Path(wanted)), ""
         except manifests.InvalidCheckpoint as error:
             return None, {}, f"train.resume = {wanted}: {error}; name a whole step folder, or use auto"
-
-
-def require_same_adapter(written: dict[str, Any] | None, lora: LoraConfig | None, folder: str) -> None:
-    """Raise UserError when the adapter has another shape or scaling than the checkpoint's."""
-    if written is None or lora is None:
-        return  # the names of the trained tensors tell
-    before = type(lora).model_validate(written)  # an older checkpoint leaves out what was not there yet
-    for key in type(lora).model_fields:
-        if key in ("dropout", "target_modules"):
-            continue  # free to change; told by the names of the trained tensors
-        if getattr(before, key) != getattr(lora, key):
-            raise UserError(
-                f"lora.{key} = {getattr(lora, key)}: the checkpoint {folder} was trained with "
-                f"{getattr(before, key)}; "
-                "set it back, or start another run in another train.output_dir"
-            )
-
-
-def load_trained_state(engine: Any, checkpoint: ZeroCheckpoint) -> None:
-    """Set masters, weights and Adam's moments from a checkpoint of any world size and ZeRO stage. Collective.
-
-    Each rank reads the slices it needs and keeps its own partition. DeepSpeed's own loading wants the same world size.
-    """
-    import deepspeed
-    from deepspeed.utils import (
-        safe_set_full_fp32_param,
-        safe_set_full_optimizer_state,
-        safe_set_local_fp32_param,
-        safe_set_local_optimizer_state,
-    )
-
-    parameters = trainable_parameters(engine.module)
-    missing = sorted(set(parameters) - set(checkpoint.shapes))
-    extra = sorted(set(checkpoint.shapes) - set(parameters))
-    if missing or extra:
-        name = (missing or extra)[0]
-        raise UserError(
-            f"resume from {checkpoint.folder}: {len(missing)} trained tensors are missing there and {len(extra)} are "
-            f"not trained now (first: {name}); use the lora and model.train sections of that run"
-        )
-    zero = engine.optimizer
-    stage = engine.zero_optimization_stage()
-    partitions = zero.fp32_partitioned_groups_flat if stage == 3 else zero.single_partition_of_fp32_groups
-    steps = {checkpoint.optimizer_step(name) for name in parameters}
-    assert len(steps) == 1, f"parameters disagree about Adam's step: {steps}"
-    _prepare_adam_state(zero.optimizer, partitions, steps.pop())
-
-    if stage != 3:
-        zero._lazy_init_hp_params_optimizer_state()  # links each parameter to its slice of the moments just made
-        for name, parameter in parameters.items():
-            master = checkpoint.fp32(name)
-            safe_set_full_fp32_param(parameter, master.to(parameter.device))
-            parameter.data.copy_(master)
-            for key in ("exp_avg", "exp_avg_sq"):
-                safe_set_full_optimizer_state(parameter, checkpoint.optimizer_state(name, key), key)
-        return
-
-    rank, world = torch.distributed.get_rank(), torch.distributed.get_world_size()
-
-    def own_slice(tensor: torch.Tensor, size: int) -> torch.Tensor:
-        padded = torch.zeros(size * world, dtype=torch.float32)
-        padded[: tensor.numel()] = tensor.flatten()
-        return padded[rank * size : (rank + 1) * size]
-
-    for name, parameter in parameters.items():
-        size = parameter.ds_tensor.numel()  # type: ignore[attr-defined]
-        safe_set_local_fp32_param(parameter, own_slice(checkpoint.fp32(name), size))
-        for key in ("exp_avg", "exp_avg_sq"):
-            safe_set_local_optimizer_state(
-                parameter, own_slice(checkpoint.optimizer_state(name, key), size), key
-            )
-    with deepspeed.zero.GatheredParameters(list(parameters.values()), modifier_rank=0):
-        if rank == 0:
-            for name, parameter in parameters.items():
-                parameter.data.copy_(checkpoint.fp32(name))
-
-
-def _prepare_adam_state(adam: torch.optim.Optimizer, partitions: list[torch.Tensor], step: int) -> None:
-    """Create Adam's state for each flat partition, as its first step would, with zero moments."""
-    on_device = any(group.get("fused") or group.get("capturable") for group in adam.param_groups)
-    for partition in partitions:
-        count = torch.tensor(float(step), device=partition.device if on_device else "cpu")
-        adam.state[partition] = {
-            "step": count if isinstance(adam, torch.optim.AdamW) else step,
-            "exp_avg": torch.zeros_like(partition.data),
-            "exp_avg_sq": torch.zeros_like(partition.data),
-        }

@@ -80,6 +80,7 @@ def train(
             require_finite(state, result)
             history.sync()
             checkpoints.save(val_loss)
+    checkpoints.wait()
 
 
 def due(step: int, every: int) -> bool:
@@ -106,13 +107,14 @@ def agree(
     One small sum on the host. The previous step's losses are looked at here, a step late, so that no GPU waits for it.
     """
     bad = [record for batch in micro_batches for record in batch.bad]
-    tokens, samples, num_bad, digest, stopping, broken = state.host.sum(
+    tokens, samples, num_bad, digest, stopping, broken, unsaved = state.host.sum(
         sum(batch.target_tokens for batch in micro_batches),
         sum(len(batch.keys) for batch in micro_batches),
         len(bad),
         sum(positions_digest(batch.positions) for batch in micro_batches),
         int(stop.received is not None),
         int(previous is not None and not previous.is_finite),
+        int(checkpoints.failed),
     )
     if broken:
         raise_not_finite(state, previous)
@@ -122,6 +124,8 @@ def agree(
             f"step {state.progress.step + 1}: the ranks together do not hold the samples that the plan gives it: "
             "some rank could not read a shard's index that others could; check the storage, then start again"
         )
+    if unsaved:  # on this rank, or soon: all ranks get the same answer
+        checkpoints.wait()
     if stopping:
         stop_early(state, checkpoints, history, stop)
     if num_bad:
@@ -135,6 +139,7 @@ def stop_early(state: TrainState, checkpoints: Checkpoints, history: RunHistory,
     if state.progress.step and checkpoints.last_saved != state.progress.step:
         history.sync()
         checkpoints.save()
+    checkpoints.wait()
     raise Stopped(
         f"stopped by {received} after step {state.progress.step}; start the same command again to go on"
     )

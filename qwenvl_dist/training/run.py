@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
-import shutil
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,12 +22,13 @@ from qwenvl_dist.model.load import load_model, load_processor, resolve_base
 from qwenvl_dist.model.lora import make_trainable, set_activation_checkpointing, trainable_parameters
 from qwenvl_dist.model.pixels import PixelSettings
 from qwenvl_dist.startup import StartUp
-from qwenvl_dist.training.checkpoint import Checkpoints, require_shared_folder
+from qwenvl_dist.training.checkpoint import CheckpointError, Checkpoints
 from qwenvl_dist.training.features import check_binding, check_frozen
 from qwenvl_dist.training.history import RunHistory, rewind
 from qwenvl_dist.training.loop import StopSignal, train
 from qwenvl_dist.training.metrics import Metrics, start_trackers
 from qwenvl_dist.training.optim import make_optimizer
+from qwenvl_dist.training.output_folder import ranks_elsewhere, set_aside_earlier_run
 from qwenvl_dist.training.state import DataIdentity, TrainState
 
 if TYPE_CHECKING:
@@ -165,18 +166,6 @@ def apply_max_steps(state: TrainState) -> None:
         state.total_samples = min(state.total_samples, end)
 
 
-def set_aside_earlier_run(run: Path) -> None:
-    """Move an earlier run's checkpoints into `discarded/`, since the recipe says not to resume. Rank 0 only."""
-    checkpoints = run / "checkpoints"
-    if checkpoints.exists():
-        number = 0
-        while (target := run / "discarded" / f"checkpoints-{number}").exists():
-            number += 1
-        target.parent.mkdir(parents=True, exist_ok=True)
-        shutil.move(checkpoints, target)
-        log.warning("train.resume=never: moved earlier checkpoints to %s", target)
-
-
 def check_recipe_paths(recipe: Recipe) -> None:
     """Tell what a look at disk and data tells, before ranks are joined and a model is loaded. Raises UserError."""
     for key in ("train", "validation"):
@@ -215,17 +204,17 @@ def run_training(recipe: Recipe) -> None:
     topology = Topology.from_environment()
     host = HostGroup(recipe.train.timeout_seconds)
     run = Path(recipe.train.output_dir)
-    require_shared_folder(run, host)
+    elsewhere = ranks_elsewhere(run, host, recipe.train.output_shared)
     startup.mark("join")
     base = resolve_base(recipe.model.base)
     state = assemble(recipe, accelerator, topology, host, base, startup)
     if topology.is_main and recipe.train.resume == "never":
         set_aside_earlier_run(run)
     host.barrier()
-    checkpoints = Checkpoints(state, base)
+    checkpoints = Checkpoints(state, base, elsewhere)
     checkpoints.resume()
     apply_max_steps(state)
-    if topology.is_main:
+    if topology.is_main or (topology.rank in elsewhere and topology.local_rank == 0):
         moved = rewind(run, state.progress.step)
         if moved:
             log.info("moved %d lines of steps after %d to discarded/", moved, state.progress.step)
@@ -249,6 +238,8 @@ def run_training(recipe: Recipe) -> None:
                 train(state, checkpoints, metrics, history, stop)
             log.info("finished: step %d, checkpoints in %s", state.progress.step, checkpoints.folder)
     except CheckFailed:
+        with contextlib.suppress(CheckpointError):
+            checkpoints.wait()  # what is being written becomes whole
         for tracker in accelerator.trackers:
             tracker.finish()
         raise
