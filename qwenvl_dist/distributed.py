@@ -164,6 +164,10 @@ def deepspeed_config(recipe: Recipe) -> dict[str, Any]:
         raise UserError(
             f"zero_optimization.stage = {stage}: this toolkit trains under ZeRO 2 or 3; set one of them"
         )
+    if (config["zero_optimization"].get("offload_optimizer") or {}).get("device") == "nvme":
+        raise UserError(
+            "zero_optimization.offload_optimizer.device = nvme: must be cpu or none; such a run could not be resumed"
+        )
     if stage == 3:
         _refuse_whole_weight_settings(config["zero_optimization"])
     config["train_micro_batch_size_per_gpu"] = recipe.data.micro_batch_size

@@ -15,6 +15,13 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 ROOT = Path(__file__).resolve().parents[1]
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """Add what the drills take."""
+    parser.addoption(
+        "--kills", type=int, default=12, help="SIGKILLs in the checkpoint drill, over both stages"
+    )
+
+
 @pytest.fixture(scope="session")
 def shared_data() -> Path:
     """The folder of the real photos and of the real tokenizer and processor, read in place."""

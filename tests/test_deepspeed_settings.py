@@ -15,6 +15,7 @@ from qwenvl_dist.errors import UserError
     ("setting", "message"),
     [
         ({"offload_param": {"device": "nvme"}}, "zero_optimization.offload_param.device = nvme: must be"),
+        ({"offload_optimizer": {"device": "nvme"}}, "offload_optimizer.device = nvme: must be cpu or none"),
         ({"zero_hpz_partition_size": 2}, "zero_optimization.zero_hpz_partition_size = 2: must be 1"),
         ({"zero_quantized_weights": True}, "zero_optimization.zero_quantized_weights = true: "),
         ({"zero_quantized_nontrainable_weights": True}, "zero_quantized_nontrainable_weights = true: "),

@@ -32,7 +32,10 @@ def run(args: argparse.Namespace) -> int:
     if args.dry_run:
         print(recipe.to_yaml(), end="")
         return 0
+    from qwenvl_dist.training.stop import StopSignal
+
+    stop = StopSignal()  # the imports below take seconds, in which a signal may come
     from qwenvl_dist.training.run import run_training
 
-    run_training(recipe)
+    run_training(recipe, stop)
     return 0

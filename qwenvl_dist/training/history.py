@@ -6,6 +6,7 @@ They hold the surviving history. When a run resumes at step S, lines of later st
 from __future__ import annotations
 
 import json
+import math
 import os
 from pathlib import Path
 from typing import Any, TextIO
@@ -22,8 +23,12 @@ class JsonLines:
         self._file: TextIO = path.open("a", encoding="utf-8")
 
     def append(self, record: dict[str, Any]) -> None:
-        """Write one line."""
-        self._file.write(json.dumps(record, ensure_ascii=False) + "\n")
+        """Write one line; a number that is not finite becomes null, since JSON has no NaN."""
+        plain = {
+            key: None if isinstance(value, float) and not math.isfinite(value) else value
+            for key, value in record.items()
+        }
+        self._file.write(json.dumps(plain, ensure_ascii=False, allow_nan=False) + "\n")
         self._file.flush()
 
     def sync(self) -> None:

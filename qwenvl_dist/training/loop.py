@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import signal
 import time
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +19,7 @@ if TYPE_CHECKING:
     from qwenvl_dist.training.history import RunHistory
     from qwenvl_dist.training.metrics import Metrics
     from qwenvl_dist.training.state import TrainState
+    from qwenvl_dist.training.stop import StopSignal
 
 log = get_logger(__name__)
 CENSUS_STEPS = 2
@@ -27,18 +27,6 @@ CENSUS_STEPS = 2
 
 class Stopped(CheckFailed):
     """A signal asked for an early exit; everything done so far is in a checkpoint."""
-
-
-class StopSignal:
-    """Remembers that SIGTERM or SIGUSR1 came, until the ranks next agree on where to stop."""
-
-    def __init__(self) -> None:
-        self.received: str | None = None
-        for number in (signal.SIGTERM, signal.SIGUSR1):
-            signal.signal(number, self._receive)
-
-    def _receive(self, number: int, _frame: Any) -> None:
-        self.received = signal.Signals(number).name
 
 
 def train(

@@ -25,7 +25,7 @@ from qwenvl_dist.startup import StartUp
 from qwenvl_dist.training.checkpoint import CheckpointError, Checkpoints
 from qwenvl_dist.training.features import check_binding, check_frozen
 from qwenvl_dist.training.history import RunHistory, rewind
-from qwenvl_dist.training.loop import StopSignal, train
+from qwenvl_dist.training.loop import train
 from qwenvl_dist.training.metrics import Metrics, start_trackers
 from qwenvl_dist.training.optim import make_optimizer
 from qwenvl_dist.training.output_folder import ranks_elsewhere, set_aside_earlier_run
@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from qwenvl_dist.config import DataConfig, Recipe
+    from qwenvl_dist.training.stop import StopSignal
 
 log = get_logger(__name__)
 
@@ -193,14 +194,14 @@ def check_recipe_paths(recipe: Recipe) -> None:
         raise UserError("tracking.mode = local: needs swanlab[dashboard]; install it, or use mode offline")
 
 
-def run_training(recipe: Recipe) -> None:
-    """Train as the recipe says, resuming where an earlier start left off. Collective."""
+def run_training(recipe: Recipe, stop: StopSignal) -> None:
+    """Train as the recipe says, resuming where an earlier start left off, until `stop`. Collective."""
     startup = StartUp()
     startup.mark("imports")
     check_recipe_paths(recipe)
     startup.mark("data")
     accelerator = start(recipe, startup)
-    stop = StopSignal()
+    stop.joined()
     topology = Topology.from_environment()
     host = HostGroup(recipe.train.timeout_seconds)
     run = Path(recipe.train.output_dir)

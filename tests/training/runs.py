@@ -67,6 +67,44 @@ def run_train(recipe: str, kill_at_step: int | None = None, kill_rank: int = 0, 
     raise SystemExit(main(["train", recipe]))
 
 
+def run_several(recipes: list[str], outcomes: str | None = None) -> None:
+    """One rank: one run after another in this process, in half the time of as many starts.
+
+    `{rank}` in a recipe's output folder becomes the rank. With `outcomes`, a folder, a run's error does not end the
+    others: each rank leaves there what came of each, by the recipe's name.
+    """
+    import accelerate
+    from accelerate.state import AcceleratorState
+    from transformers.integrations.deepspeed import unset_hf_deepspeed_config
+
+    from qwenvl_dist.config import load_recipe
+    from qwenvl_dist.errors import CheckFailed, UserError
+    from qwenvl_dist.training.run import run_training
+    from qwenvl_dist.training.stop import StopSignal
+
+    # It would take the process group away.
+    accelerate.Accelerator.end_training = lambda self: None  # type: ignore[method-assign]
+    launched = dict(os.environ)  # accelerate leaves words there as a launcher does
+    rank, said = os.environ["RANK"], {}
+    for recipe in recipes:
+        os.environ.clear()
+        os.environ.update(launched)
+        loaded = load_recipe(recipe)
+        out = loaded.train.output_dir.replace("{rank}", rank)
+        try:
+            run_training(load_recipe(recipe, [f"train.output_dir={out}"]), StopSignal())
+            said[Path(recipe).stem] = "finished"
+        except (CheckFailed, UserError) as error:
+            if outcomes is None:
+                raise
+            said[Path(recipe).stem] = f"{type(error).__name__}: {error}"
+        AcceleratorState._reset_state()
+        unset_hf_deepspeed_config()
+    torch.distributed.destroy_process_group()
+    if outcomes is not None:
+        Path(outcomes, f"{rank}.json").write_text(json.dumps(said))
+
+
 def _kill_after(out: Path, step: int, number: int) -> None:
     while not any(line.get("step", 0) >= step for line in read_lines(out / "metrics.jsonl")):
         time.sleep(0.005)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from qwenvl_dist.training.history import rewind
+from qwenvl_dist.training.history import RunHistory, rewind
 from tests.ranks import ROOT
 
 
@@ -42,6 +42,13 @@ def test_rewind_moves_later_lines_and_drops_a_torn_one(tmp_path: Path) -> None:
     assert rewind(tmp_path, 2) == 1
     assert metrics.read_text() == f'{{"step": 1, "note": "a{separator}b"}}\n{{"step": 2}}\n'
     assert (tmp_path / "discarded" / "metrics.jsonl").read_text() == '{"step": 3}\n'
+
+
+def test_a_number_that_is_not_finite_is_null_in_the_metrics(tmp_path: Path) -> None:
+    history = RunHistory(tmp_path, rank=0, ledger=False)
+    history.metrics({"step": 1, "loss": float("nan"), "grad_norm": float("inf"), "epoch": 0.5})
+    line = (tmp_path / "metrics.jsonl").read_text()
+    assert line == '{"step": 1, "loss": null, "grad_norm": null, "epoch": 0.5}\n'
 
 
 def test_rewind_ends_a_last_line_that_was_cut_before_its_newline(tmp_path: Path) -> None:

@@ -1,7 +1,6 @@
 """Every kind of adapter trained on real ranks, merged, and compared with peft's own merge of the same adapter."""
 
 import json
-import os
 from pathlib import Path
 from typing import Any
 
@@ -63,27 +62,6 @@ def base(tmp_path_factory: pytest.TempPathFactory, scenes_base: Path) -> Path:
     return folder
 
 
-def run_all(recipes: list[str]) -> None:
-    """One rank: one run after another in this process."""
-    import accelerate
-    from accelerate.state import AcceleratorState
-    from transformers.integrations.deepspeed import unset_hf_deepspeed_config
-
-    from qwenvl_dist.config import load_recipe
-    from qwenvl_dist.training.run import run_training
-
-    # It would take the process group away.
-    accelerate.Accelerator.end_training = lambda self: None  # type: ignore[method-assign]
-    launched = dict(os.environ)  # accelerate leaves words there as a launcher does
-    for recipe in recipes:
-        os.environ.clear()
-        os.environ.update(launched)
-        run_training(load_recipe(recipe))
-        AcceleratorState._reset_state()
-        unset_hf_deepspeed_config()
-    torch.distributed.destroy_process_group()
-
-
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory, base: Path, scene_shards: Path) -> Path:
     """A folder with a run of three steps a case, on two ranks; and the third step again, resumed."""
@@ -108,9 +86,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory, base: Path, scene_shards: Pat
         if name == RESUMED:
             train["resume"] = str(step_of(run, STEPS - 1))
             recipes.append(recipe(folder / f"{name}-{stage}-resumed"))
-    run_ranks(
-        "tests.training.test_variants:run_all", 2, timeout=TIMEOUT, recipes=[str(path) for path in recipes]
-    )
+    run_ranks("tests.training.runs:run_several", 2, timeout=TIMEOUT, recipes=[str(path) for path in recipes])
     return folder
 
 
