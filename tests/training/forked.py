@@ -1,10 +1,12 @@
-"""Start training runs from a process that has imported everything: a second instead of ten."""
+"""Start ranks from a process that has imported everything: a second instead of ten."""
 
 import multiprocessing
 import os
 import random
 import signal
 import time
+import traceback
+from collections.abc import Callable
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
@@ -14,21 +16,31 @@ _PRELOADED = ["deepspeed", "accelerate", "peft", "transformers", "qwenvl_dist.tr
 _starter = multiprocessing.get_context("forkserver")
 
 
-def _rank(recipe: str, overrides: list[str], variables: dict[str, str], log: str) -> None:
+def train(recipe: str, *overrides: str) -> None:
+    """One rank: what `qwenvl-dist train` does."""
+    from qwenvl_dist.__main__ import main
+
+    main(["train", recipe, *overrides])
+
+
+def _rank(target: Callable[..., None], arguments: tuple, variables: dict[str, str], log: str) -> None:
     os.setsid()  # a rank's own children die with it
     stream = os.open(log, os.O_WRONLY | os.O_APPEND | os.O_CREAT)
     os.dup2(stream, 1)
     os.dup2(stream, 2)
     os.environ.update(variables)
-    from qwenvl_dist.__main__ import main
+    try:
+        target(*arguments)
+        os._exit(0)
+    except BaseException:
+        traceback.print_exc()
+        os._exit(1)
 
-    os._exit(main(["train", recipe, *overrides]))
 
+class ForkedRanks:
+    """One start of a function, a picklable one, on so many ranks; what they print is added to a log."""
 
-class ForkedRun:
-    """The ranks of one start of a run."""
-
-    def __init__(self, recipe: Path, world: int, log: Path, *overrides: str) -> None:
+    def __init__(self, target: Callable[..., None], arguments: tuple, world: int, log: Path) -> None:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
         _starter.set_forkserver_preload(_PRELOADED)
         rendezvous = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port(), "OMP_NUM_THREADS": 1}
@@ -37,7 +49,7 @@ class ForkedRun:
         for rank in range(world):
             place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world, "LOCAL_WORLD_SIZE": world}
             variables = {name: str(value) for name, value in {**rendezvous, **place}.items()}
-            process = _starter.Process(target=_rank, args=(str(recipe), list(overrides), variables, str(log)))
+            process = _starter.Process(target=_rank, args=(target, arguments, variables, str(log)))
             process.start()
             self.ranks.append(process)
 

@@ -77,7 +77,10 @@ def bytes_below(folder: Path) -> dict[str, bytes]:
 
 
 def tensors_below(folder: Path) -> dict[tuple[str, str], bytes]:
-    """What the files of partitions hold, and the others' bytes: DeepSpeed's ids count on from run to run of a process."""
+    """The tensors in the files of partitions, and the others' bytes.
+
+    DeepSpeed writes ids down that count on from run to run of a process.
+    """
     found = {}
     for path in manifests.files_below(folder):
         name = str(path.relative_to(folder))

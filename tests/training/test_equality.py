@@ -99,9 +99,6 @@ def test_the_first_line_of_a_run_says_what_its_start_took(runs) -> None:
 @pytest.mark.parametrize(
     ("killed", "world", "accumulation", "stage"),
     [
-        pytest.param("two-ranks-zero2", 2, 2, 2, id="same-world"),
-        pytest.param("two-ranks-zero3", 2, 2, 3, id="same-world-zero3"),
-        pytest.param("two-ranks-zero2", 1, 4, 2, id="one-rank-instead-of-two"),
         pytest.param("two-ranks-zero2", 2, 2, 3, id="zero3-instead-of-zero2"),
         pytest.param("two-ranks-zero3", 1, 4, 2, id="one-rank-zero2-instead-of-two-zero3"),
     ],

@@ -12,7 +12,8 @@ from typing import Any
 import pytest
 
 from qwenvl_dist.checkpoints import manifest as manifests
-from tests.training.forked import ForkedRun
+from tests.training import forked
+from tests.training.forked import ForkedRanks
 from tests.training.runs import ledger, losses, read_lines, train, write_recipe
 
 pytestmark = [pytest.mark.dist, pytest.mark.slow, pytest.mark.timeout(3600)]
@@ -20,11 +21,15 @@ pytestmark = [pytest.mark.dist, pytest.mark.slow, pytest.mark.timeout(3600)]
 PATIENCE = 120  # seconds from a start to its first step
 
 
+def start(recipe: Path, world: int, log: Path, override: str) -> ForkedRanks:
+    return ForkedRanks(forked.train, (str(recipe), override), world, log)
+
+
 def last_step(run: Path) -> int:
     return max((line["step"] for line in read_lines(run / "metrics.jsonl")), default=0)
 
 
-def wait_until(happened: Callable[[], Any], run: ForkedRun) -> None:
+def wait_until(happened: Callable[[], Any], run: ForkedRanks) -> None:
     deadline = time.monotonic() + PATIENCE
     while not happened():
         assert not any(run.codes) and time.monotonic() < deadline, (run.codes, run.said()[-4000:])
@@ -38,7 +43,7 @@ class Watch:
         self.checkpoints = folder / "checkpoints"
         self.newest = 0  # the step of the newest checkpoint
 
-    def check(self, run: ForkedRun) -> bool:
+    def check(self, run: ForkedRanks) -> bool:
         """Check what a killed start has left, and where it had gone on from; tell whether it was killed in a save."""
         said = run.said()
         resumed = re.search(r"resumed from \S+/step-(\d+):", said)
@@ -78,7 +83,7 @@ def test_no_kill_costs_more_than_the_steps_since_the_last_checkpoint(
         aim = aims[number % len(aims)]
         in_background = aim == "save-in-background" or chance.random() < 0.5
         before, started = last_step(broken), time.monotonic()
-        run = ForkedRun(recipe, 2, log, f"train.checkpoint_async={str(in_background).lower()}")
+        run = start(recipe, 2, log, f"train.checkpoint_async={str(in_background).lower()}")
         if aim == "start":
             time.sleep(chance.uniform(0, start_seconds))
         else:
@@ -96,7 +101,7 @@ def test_no_kill_costs_more_than_the_steps_since_the_last_checkpoint(
         figures[f"aimed at {aim}"] += 1
         figures["in a save"] += watch.check(run)
     end = last_step(broken) + 4
-    run = ForkedRun(recipe, 2, log, f"train.max_steps={end}")
+    run = start(recipe, 2, log, f"train.max_steps={end}")
     assert run.wait(PATIENCE) == [0, 0], run.said()[-4000:]
     watch.check(run)
     figures["steps"], figures["seconds"] = end, round(time.monotonic() - began)
@@ -129,12 +134,12 @@ def test_kills_in_changing_worlds_leave_the_ledger_of_the_unbroken_run(
     recipe = write_recipe(tmp_path / "broken.yaml", scenes_base, photo_shards, broken, **sections)
     chance = random.Random(0)
 
-    def start(world: int) -> ForkedRun:
-        return ForkedRun(recipe, world, log, f"train.grad_accum_steps={GLOBAL_BATCH // 2 // world}")
+    def start_in(world: int) -> ForkedRanks:
+        return start(recipe, world, log, f"train.grad_accum_steps={GLOBAL_BATCH // 2 // world}")
 
     for number in range(20):
         before = last_step(broken)
-        run = start(chance.choice([1, 2, 3]))
+        run = start_in(chance.choice([1, 2, 3]))
         if number % 6 == 5:  # while it still starts
             time.sleep(chance.uniform(0, 3))
         else:
@@ -142,6 +147,6 @@ def test_kills_in_changing_worlds_leave_the_ledger_of_the_unbroken_run(
             time.sleep(chance.uniform(0, 2.5))
         assert any(code is None for code in run.codes), f"over after {number} kills: {run.said()[-2000:]}"
         run.kill(chance)
-    assert start(2).wait(600) == [0, 0], log.read_text()[-4000:]
+    assert start_in(2).wait(600) == [0, 0], log.read_text()[-4000:]
     assert ledger(broken) == expected
     assert losses(broken) == pytest.approx(losses(straight), rel=1e-4)
