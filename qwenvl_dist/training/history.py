@@ -5,17 +5,23 @@ They hold the surviving history. When a run resumes at step S, lines of later st
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, TextIO
 
 from qwenvl_dist.data.batch import BadSampleRecord
+from qwenvl_dist.errors import CheckFailed
 
 
 class JsonLines:
-    """An append-only file of JSON objects, one a line; each line reaches the kernel before `append` returns."""
+    """An append-only file of JSON objects, one a line; each line reaches the kernel before `append` returns.
+
+    Raises CheckFailed when the disk does not take it.
+    """
 
     def __init__(self, path: Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -28,12 +34,23 @@ class JsonLines:
             key: None if isinstance(value, float) and not math.isfinite(value) else value
             for key, value in record.items()
         }
-        self._file.write(json.dumps(plain, ensure_ascii=False, allow_nan=False) + "\n")
-        self._file.flush()
+        with self._told():
+            self._file.write(json.dumps(plain, ensure_ascii=False, allow_nan=False) + "\n")
+            self._file.flush()
 
     def sync(self) -> None:
         """Force what was written to the disk."""
-        os.fsync(self._file.fileno())
+        with self._told():
+            os.fsync(self._file.fileno())
+
+    @contextlib.contextmanager
+    def _told(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise CheckFailed(
+                f"{self.path} cannot be written: {error.strerror}; mend the storage and start again to resume"
+            ) from error
 
     def close(self) -> None:
         """Close the file."""

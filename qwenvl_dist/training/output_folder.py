@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import time
 import uuid
 from pathlib import Path
@@ -69,7 +70,7 @@ def set_aside(run: Path, path: Path) -> Path:
         number += 1
         free = target.with_name(f"{target.name}-{number}")
     free.parent.mkdir(parents=True, exist_ok=True)
-    path.rename(free)
+    shutil.move(path, free)  # which may lie on another file system
     return free
 
 

@@ -29,7 +29,7 @@ RUNS: dict[str, dict[str, Any]] = {  # name -> ZeRO stage and the train section;
     "apart-3": {"stage": 3, "output_dir": "apart-{rank}", "output_shared": False, "max_steps": 2},
     "apart-3-again": {"stage": 3, "output_dir": "apart-{rank}", "output_shared": False},
     "full-sync": {"stage": 2},
-    "full-async": {"stage": 3, "checkpoint_async": True},
+    "full-async": {"stage": 3, "checkpoint_async": True, "max_steps": 12, "checkpoint_every_steps": 3},
 }
 STEPS = 3
 
@@ -43,11 +43,12 @@ def said(
     recipes, mounts = [], []
     for name, section in RUNS.items():
         if name.startswith("full"):  # on a file system that two checkpoints fit in
-            (folder / name).mkdir()
-            mount = ["mount", "-t", "tmpfs", "-o", "size=1200k", "tmpfs", str(folder / name)]
+            place = folder / name / "checkpoints"
+            place.mkdir(parents=True)
+            mount = ["mount", "-t", "tmpfs", "-o", "size=1200k", "tmpfs", str(place)]
             if os.geteuid() != 0 or subprocess.run(mount, capture_output=True).returncode:
                 continue
-            mounts.append(folder / name)
+            mounts.append(place)
         train: dict[str, Any] = {"max_steps": STEPS, "grad_accum_steps": 1, "checkpoint_every_steps": 1}
         train |= {key: value for key, value in section.items() if key not in ("stage", "output_dir")}
         recipes.append(
@@ -132,19 +133,24 @@ def test_node_local_folders_are_gathered_and_resumed_when_the_recipe_says_so(sai
     assert sorted(ledger(folder / "apart-0")) == [1, 2, 3]
 
 
-@pytest.mark.parametrize("kind", ["sync", "async"])
-def test_a_full_disk_ends_all_ranks_with_one_message_and_leaves_what_was_whole(said, kind: str) -> None:
+@pytest.mark.parametrize(("kind", "step"), [("sync", 3), ("async", 9)])
+def test_a_full_disk_ends_all_ranks_with_one_message_and_leaves_what_was_whole(
+    said, kind: str, step: int
+) -> None:
     folder, outcomes = said
     if f"full-{kind}" not in outcomes[0]:
         pytest.skip("needs root to mount a small file system")
     messages = {each[f"full-{kind}"] for each in outcomes}
     assert len(messages) == 1
     message = messages.pop()
-    assert message.startswith("CheckpointError: checkpoint of step ")
+    assert message.startswith(f"CheckpointError: checkpoint of step {step} could not be written: rank ")
     assert "No space left on device" in message and "mend the storage and start again" in message
-    whole, manifest, skipped = manifests.newest_valid(folder / f"full-{kind}" / "checkpoints")
-    assert whole and manifest["step"] >= 1 and not skipped
-    assert not list(whole.parent.glob(".step-*"))
+    checkpoints = folder / f"full-{kind}" / "checkpoints"
+    assert sorted(path.name for path in checkpoints.iterdir()) == [
+        f"step-{number * step // 3:08d}" for number in (1, 2)
+    ]
+    for whole in checkpoints.iterdir():
+        manifests.verify_step(whole)
 
 
 def damage(reason: str) -> Callable[[Callable[[Path], None]], Callable[[Path], None]]:
