@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import zipfile
@@ -16,6 +17,8 @@ from qwenvl_dist.checkpoints.torch_file import load_torch_file
 from qwenvl_dist.config import PROJECTIONS
 from qwenvl_dist.synthetic.base import SHAPES, base_tensors
 from tests.ranks import run_ranks
+from tests.training import forked
+from tests.training.forked import ForkedRanks
 from tests.training.runs import TIMEOUT, ledger, losses, read_lines, write_recipe
 
 pytestmark = pytest.mark.dist
@@ -239,6 +242,46 @@ def test_resume_takes_the_newest_that_verifies_and_says_why_it_skipped(
     assert folder == checkpoints / "step-00000002" and manifest["step"] == 2
     (line,) = skipped
     assert line.startswith("step-00000003: ") and reason in line
+
+
+def start_alone(recipe: Path, **train: Any) -> str:
+    """Run to the end on one rank, with the same global batch; return what it said."""
+    overrides = [f"train.{key}={value}" for key, value in {"grad_accum_steps": 2, **train}.items()]
+    ranks = ForkedRanks(forked.train, (str(recipe), *overrides), 1, recipe.with_suffix(".log"))
+    assert ranks.wait(TIMEOUT) == [0], ranks.said()[-4000:]
+    return ranks.said()
+
+
+def test_a_start_says_what_it_passes_over_and_tidies_up(said, tmp_path: Path) -> None:
+    folder, _ = said
+    out = shutil.copytree(folder / "sync-2", tmp_path / "run")
+    truncated(step_of(out))
+    leftover = out / "checkpoints" / ".step-00000007.partial"
+    leftover.mkdir()
+    recipe = shutil.copy(folder / "sync-2.yaml", tmp_path / "again.yaml")
+    text = start_alone(recipe, output_dir=out)
+    assert f"resume: skipped step-00000003: {RANK_1} has" in text
+    assert re.search(r"resumed from \S+/step-00000002: step 2$", text, re.MULTILINE)
+    assert (out / "discarded" / "checkpoints" / "step-00000003").is_dir() and not leftover.exists()
+    assert manifests.verify_step(step_of(out))["world_size"] == 1
+    assert losses(out) == pytest.approx(losses(folder / "sync-2"), rel=1e-5)
+
+
+def test_a_resume_from_another_run_keeps_nothing_of_what_was_in_the_folder(said, tmp_path: Path) -> None:
+    folder, _ = said
+    out = tmp_path / "run"
+    shutil.copytree(step_of(folder / "sync-3", 1), step_of(out, 1))
+    (out / "checkpoints" / "best").symlink_to("step-00000001")
+    source = tmp_path / "source" / "step-00000002"
+    shutil.copytree(step_of(folder / "sync-2", 2), source)
+    manifest = manifests.read_manifest(source)
+    manifest["progress"]["best_val_loss"] = manifest["val_loss"] = 1e-3
+    (source / manifests.MANIFEST).write_text(json.dumps(manifest))
+    recipe = shutil.copy(folder / "sync-2.yaml", tmp_path / "other.yaml")
+    start_alone(recipe, output_dir=out, resume=source)
+    assert sorted(path.name for path in (out / "checkpoints").iterdir()) == ["step-00000003"]
+    assert (out / "discarded" / "checkpoints" / "step-00000001").is_dir()
+    assert manifests.read_manifest(step_of(out))["progress"]["best_val_loss"] is None
 
 
 LORA_RANK = 8
