@@ -5,7 +5,9 @@ from __future__ import annotations
 import argparse
 import importlib
 import os
+import signal
 import sys
+import time
 import traceback
 from collections.abc import Sequence
 from typing import NoReturn
@@ -13,6 +15,8 @@ from typing import NoReturn
 from qwenvl_dist.errors import CheckFailed, UserError
 
 COMMANDS = ("shards", "train", "merge", "predict", "evaluate", "bench", "synthetic")
+
+_MOMENT = 1.0  # seconds
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -27,9 +31,16 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _end(message: str, code: int) -> NoReturn:
-    """Print one line and leave. Among several ranks at once: the others must not wait for our clean-up."""
+def _end(message: str, code: int, alike: bool = True) -> NoReturn:
+    """Print one line and leave. Among several ranks at once: the others must not wait for our clean-up.
+
+    An error that all ranks meet alike is left to rank 0: a launcher ends the others as soon as one has gone. Who is
+    still there after a moment was alone with it.
+    """
     world_size, rank = int(os.environ.get("WORLD_SIZE", "1")), os.environ.get("RANK", "0")
+    if alike and world_size > 1 and rank != "0":
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        time.sleep(_MOMENT)
     prefix = f"[rank {rank}] " if world_size > 1 else ""
     print(f"{prefix}error: {message}", file=sys.stderr, flush=True)
     if world_size > 1:
@@ -61,7 +72,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if int(os.environ.get("WORLD_SIZE", "1")) == 1:
             raise
         traceback.print_exc()
-        _end(f"{type(error).__name__}: {error}", 1)
+        _end(f"{type(error).__name__}: {error}", 1, alike=False)
 
 
 if __name__ == "__main__":

@@ -32,6 +32,7 @@ from qwenvl_dist.checkpoints.publish import (
 from qwenvl_dist.checkpoints.zero import ZeroCheckpoint
 from qwenvl_dist.distributed import HostGroup
 from qwenvl_dist.errors import CheckFailed, UserError
+from qwenvl_dist.files import fsync
 from qwenvl_dist.logs import get_logger
 from qwenvl_dist.model.base_folder import BaseFolder
 from qwenvl_dist.model.load import save_processor
@@ -160,7 +161,9 @@ class Checkpoints:
         failure = ""
         if state.topology.is_main:
             try:
-                self.folder.mkdir(parents=True, exist_ok=True)
+                if not self.folder.is_dir():
+                    self.folder.mkdir(parents=True)
+                    fsync(self.run)
                 remove_leftovers(self.folder)
             except OSError as error:
                 failure = f"rank 0: {describe(error)}"

@@ -29,6 +29,7 @@ RUNS: dict[str, dict[str, Any]] = {  # name -> ZeRO stage and the train section;
     "async-2": {"stage": 2, "checkpoint_async": True},
     "async-3": {"stage": 3, "checkpoint_async": True},
     "apart-refused": {"stage": 2, "output_dir": "apart-refused-{rank}"},
+    "blocked": {"stage": 2, "output_dir": "blocked-{rank}"},
     "apart-3": {"stage": 3, "output_dir": "apart-{rank}", "output_shared": False, "max_steps": 2},
     "apart-3-again": {"stage": 3, "output_dir": "apart-{rank}", "output_shared": False},
     "full-sync": {"stage": 2},
@@ -44,6 +45,7 @@ def said(
     """The folder of all runs, and what each rank said of each."""
     folder = tmp_path_factory.mktemp("checkpoints")
     recipes, mounts = [], []
+    (folder / "blocked-1").touch()  # where rank 1's folder should be
     for name, section in RUNS.items():
         if name.startswith("full"):  # on a file system that two checkpoints fit in
             place = folder / name / "checkpoints"
@@ -118,6 +120,16 @@ def test_node_local_folders_are_refused_with_the_remedy(said) -> None:
             "set train.output_shared=false to gather checkpoints on the node of rank 0"
         )
     assert not list(folder.glob("apart-refused-*/*")) and not list(folder.glob("apart-refused-*/.*"))
+
+
+def test_a_folder_that_one_rank_cannot_write_is_told_at_the_start(said) -> None:
+    folder, outcomes = said
+    for each in outcomes:
+        assert each["blocked"].startswith("UserError: train.output_dir = ")
+        assert (
+            f"rank 1 cannot write there: File exists ({folder / 'blocked-1'}); choose another"
+            in each["blocked"]
+        )
 
 
 def test_node_local_folders_are_gathered_and_resumed_when_the_recipe_says_so(said) -> None:
