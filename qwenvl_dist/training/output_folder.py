@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import shutil
 import time
 import uuid
@@ -40,7 +41,8 @@ def ranks_elsewhere(run: Path, host: HostGroup, shared: bool) -> list[int]:
         elsewhere = [rank for rank, sees in enumerate(host.gather(_appears(probe))) if not sees]
     host.barrier()
     for path in (own, probe) if host.rank == 0 else (own,):
-        path.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # where it could not be written, that is told below
+            path.unlink()
     if failures:
         raise UserError(f"train.output_dir = {run}: {failures[0]}; choose another folder or mend this one")
     if elsewhere and shared:
