@@ -18,7 +18,7 @@ ROOT = Path(__file__).resolve().parents[1]
 def pytest_addoption(parser: pytest.Parser) -> None:
     """Add what the drills take."""
     parser.addoption(
-        "--kills", type=int, default=12, help="SIGKILLs in the checkpoint drill, over both stages"
+        "--kills", type=int, default=6, help="SIGKILLs in the checkpoint drill, over both stages"
     )
 
 
