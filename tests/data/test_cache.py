@@ -1,5 +1,6 @@
 """The node's cache: one download whoever asks, nothing half-written, bounded, never other bytes than there."""
 
+import contextlib
 import errno
 import io
 import os
@@ -39,7 +40,11 @@ def files(cache: ShardCache, suffix: str) -> list[Path]:
 
 
 def total_bytes(cache: ShardCache) -> int:
-    return sum(path.stat().st_size for path in (*files(cache, ".shard"), *files(cache, ".part")))
+    total = 0
+    for path in (*files(cache, ".shard"), *files(cache, ".part")):
+        with contextlib.suppress(FileNotFoundError):  # a thread may still be at work
+            total += path.stat().st_size
+    return total
 
 
 # --- many processes ---
@@ -158,7 +163,8 @@ def test_a_pass_through_a_cache_that_is_too_small_gives_the_same(
     for max_bytes in (1, largest + 10_000, 2 * largest + 20_000):
         cache = open_cache(tmp_path / str(max_bytes), max_bytes)
         assert read_through(open_set(server.url, cache), epochs=2) == expected
-        assert total_bytes(cache) <= max_bytes
+        # An index, whose size is not known before, lies there until it is seen to be too large.
+        wait_until(lambda: total_bytes(cache) <= max_bytes)  # noqa: B023
 
 
 # --- what goes wrong ---
