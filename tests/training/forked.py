@@ -44,7 +44,8 @@ class ForkedRanks:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
         _starter.set_forkserver_preload(_PRELOADED)
         rendezvous = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port(), "OMP_NUM_THREADS": 1}
-        self.log, self._from = log, log.stat().st_size if log.exists() else 0
+        log.touch()  # a rank opens it only after it was forked
+        self.log, self._from = log, log.stat().st_size
         self.ranks: list[BaseProcess] = []
         for rank in range(world):
             place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world, "LOCAL_WORLD_SIZE": world}
