@@ -1,5 +1,6 @@
 """One optimizer step under a real engine: what the frozen tower keeps, and who learns at which rate."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,20 @@ from tests.ranks import run_ranks
 from tests.training.runs import TIMEOUT, write_recipe
 
 pytestmark = pytest.mark.dist
+
+
+@pytest.fixture
+def on_ranks(tmp_path: Path, scenes_base: Path, scene_shards: Path) -> Callable[..., None]:
+    """Runs one of the checks below on so many ranks under a ZeRO stage, with these sections in its recipe."""
+
+    def run(check: Callable[[str], None], world: int, stage: int, **sections: Any) -> None:
+        recipe = write_recipe(
+            tmp_path / "recipe.yaml", scenes_base, scene_shards, tmp_path / "run", stage,
+            data={"workers": 0}, **sections,
+        )  # fmt: skip
+        run_ranks(f"{__name__}:{check.__name__}", world, timeout=TIMEOUT, recipe=str(recipe))
+
+    return run
 
 
 def state_of(recipe: str, *overrides: str) -> Any:
@@ -69,19 +84,15 @@ def run_tower_check(recipe: str) -> None:
 @pytest.mark.parametrize("stage", [2, 3])
 @pytest.mark.parametrize("fast", ["true", "false"])
 def test_the_frozen_tower_keeps_nothing_under_zero(
-    tmp_path: Path, scenes_base: Path, scene_shards: Path, stage: int, fast: str
+    on_ranks: Callable[..., None], stage: int, fast: str
 ) -> None:
-    recipe = write_recipe(
-        tmp_path / "recipe.yaml",
-        scenes_base,
-        scene_shards,
-        tmp_path / "run",
+    on_ranks(
+        run_tower_check,
+        2,
         stage,
         model={"fast_path": fast == "true"},
         train={"grad_accum_steps": 2},
-        data={"workers": 0},
     )
-    run_ranks("tests.training.test_step:run_tower_check", 2, timeout=TIMEOUT, recipe=str(recipe))
 
 
 def run_rates_check(recipe: str) -> None:
@@ -110,21 +121,15 @@ def run_rates_check(recipe: str) -> None:
 
 
 @pytest.mark.parametrize("stage", [2, 3])
-def test_each_part_learns_at_its_own_rate(
-    tmp_path: Path, scenes_base: Path, scene_shards: Path, stage: int
-) -> None:
-    recipe = write_recipe(
-        tmp_path / "recipe.yaml",
-        scenes_base,
-        scene_shards,
-        tmp_path / "run",
+def test_each_part_learns_at_its_own_rate(on_ranks: Callable[..., None], stage: int) -> None:
+    on_ranks(
+        run_rates_check,
+        1,
         stage,
         model={"train": ["vision", "merger"]},
         optim={"learning_rate": 1e-2, "learning_rates": {"vision": 2e-4, "merger": 3e-3}},
         train={"grad_accum_steps": 1},
-        data={"workers": 0},
     )
-    run_ranks("tests.training.test_step:run_rates_check", 1, timeout=TIMEOUT, recipe=str(recipe))
 
 
 def run_fused_check(recipe: str) -> None:
@@ -167,20 +172,14 @@ def run_fused_check(recipe: str) -> None:
 
 
 @pytest.mark.parametrize("stage", [2, 3])
-def test_deepspeed_steps_our_fused_adam_as_the_plain_one(
-    tmp_path: Path, scenes_base: Path, scene_shards: Path, stage: int
-) -> None:
-    recipe = write_recipe(
-        tmp_path / "recipe.yaml",
-        scenes_base,
-        scene_shards,
-        tmp_path / "run",
+def test_deepspeed_steps_our_fused_adam_as_the_plain_one(on_ranks: Callable[..., None], stage: int) -> None:
+    on_ranks(
+        run_fused_check,
+        2,
         stage,
         optim={"weight_decay": 0.1},
         train={"grad_accum_steps": 1},
-        data={"workers": 0},
     )
-    run_ranks("tests.training.test_step:run_fused_check", 2, timeout=TIMEOUT, recipe=str(recipe))
 
 
 def run_refusal(recipe: str) -> None:
