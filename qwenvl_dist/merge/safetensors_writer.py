@@ -5,6 +5,7 @@ bookkeeping cost more CPU than the merge's arithmetic, and writes that it puts o
 """
 
 import contextlib
+import ctypes
 import errno
 import fcntl
 import mmap
@@ -58,7 +59,7 @@ class SafetensorsWriter:
         self._descriptor = os.open(self.path, flags | os.O_CREAT | os.O_EXCL, 0o666)
         with contextlib.suppress(OSError, AttributeError):  # a file system, or a system, without it
             self._direct = os.open(self.path, flags | os.O_DIRECT)
-        os.ftruncate(self._descriptor, self._size)
+        self._reserve()
         self._pwrite(self._header, 0)
         self._written = len(self._header)
         return self
@@ -67,6 +68,20 @@ class SafetensorsWriter:
         for descriptor in (self._descriptor, self._direct):
             if descriptor >= 0:
                 os.close(descriptor)
+
+    def _reserve(self) -> None:
+        """Take the file's room on the disk now: threads that write into holes past the cache wait for each other.
+
+        Not by posix_fallocate, which writes every block where the file system cannot reserve.
+        """
+        with contextlib.suppress(AttributeError):  # another C library
+            if ctypes.CDLL(None, use_errno=True).fallocate(
+                self._descriptor, 0, ctypes.c_int64(0), ctypes.c_int64(self._size)
+            ):
+                error = ctypes.get_errno()
+                if error == errno.ENOSPC:
+                    raise OSError(error, os.strerror(error), str(self.path))
+        os.ftruncate(self._descriptor, self._size)
 
     def finish(self) -> None:
         """Check that every byte was written, and bring the file to disk."""
