@@ -59,8 +59,12 @@ class SafetensorsWriter:
         self._descriptor = os.open(self.path, flags | os.O_CREAT | os.O_EXCL, 0o666)
         with contextlib.suppress(OSError, AttributeError):  # a file system, or a system, without it
             self._direct = os.open(self.path, flags | os.O_DIRECT)
-        self._reserve()
-        self._pwrite(self._header, 0)
+        try:
+            self._reserve()
+            self._pwrite(self._header, 0)
+        except OSError:
+            self.__exit__()
+            raise
         self._written = len(self._header)
         return self
 
@@ -80,6 +84,7 @@ class SafetensorsWriter:
             ):
                 error = ctypes.get_errno()
                 if error == errno.ENOSPC:
+                    os.ftruncate(self._descriptor, 0)  # else what it could get stays taken
                     raise OSError(error, os.strerror(error), str(self.path))
         os.ftruncate(self._descriptor, self._size)
 
