@@ -20,8 +20,8 @@ all others and takes network and mounts along; nothing needs to be cleaned up, e
         lab.launch(recipe, ["node1", "node2"], log=tmp_path)    # `accelerate launch` on each, without Slurm
         lab.quiet()                                             # at the end: no job, no cut cable, no process left
 
-`ForkedRanks(train_on_nodes, (recipe, lab.places("node1", "node2"), overrides), 2, log)` of tests/training/forked.py starts
-ranks on the nodes from a process that has imported everything: a second instead of ten, but no launcher above them.
+`ForkedRanks(train_on_nodes, (recipe, lab.places("node1", "node2"), overrides), 2, log)` of tests/training/forked.py
+starts ranks on the nodes from a process that has imported everything: a second instead of ten, but no launcher above.
 """
 
 from __future__ import annotations
@@ -160,12 +160,12 @@ class Node:
 
     def pids(self, part: str = "") -> list[int]:
         """Return the processes on this host, the first one aside, whose command line holds `part`. Oldest first."""
-        own = os.readlink(f"/proc/{self.pid}/ns/pid")
+        own = Path(f"/proc/{self.pid}/ns/pid").readlink()
         found = []
         for entry in Path("/proc").iterdir():
             if entry.name.isdigit() and int(entry.name) != self.pid:
                 try:
-                    if os.readlink(entry / "ns" / "pid") != own or " Z " in (entry / "stat").read_text():
+                    if (entry / "ns" / "pid").readlink() != own or " Z " in (entry / "stat").read_text():
                         continue
                     words = (entry / "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
                 except OSError:
