@@ -67,18 +67,11 @@ class Topology:
 
 def check_launch(topology: Topology) -> None:
     """Raise UserError when the launcher made another world than was asked for, such as one of each node alone."""
-    launched = f"launched as rank {topology.rank} of {topology.world_size}"
     wanted = os.environ.get("QWENVL_WORLD_SIZE")
     if wanted is not None and int(wanted) != topology.world_size:
         raise UserError(
-            f"{launched}, but QWENVL_WORLD_SIZE = {wanted}: each node would train alone, or ranks are missing; give "
+            f"launched as rank {topology.rank} of {topology.world_size}, but QWENVL_WORLD_SIZE = {wanted}: each node would train alone, or ranks are missing; give "
             "accelerate launch a *_multinode.yaml of launch/accelerate/ and the same --num_processes on each node"
-        )
-    nodes = int(os.environ.get("SLURM_STEP_NUM_NODES", "1"))
-    if nodes > topology.world_size:
-        raise UserError(
-            f"{launched}, but srun started it on {nodes} nodes: each would train alone; "
-            "start it as slurm/train.sbatch does"
         )
 
 

@@ -69,7 +69,7 @@ def _run_layout(args: argparse.Namespace) -> int:
 
 def _run_begin(args: argparse.Namespace) -> int:
     from qwenvl_dist.config import load_recipe
-    from qwenvl_dist.launches import Job, JobHistory, Limits
+    from qwenvl_dist.jobs import Job, JobHistory, Limits
 
     Limits.from_environment(os.environ)  # a wrong one comes up now, not when the job has run for a day
     recipe = load_recipe(args.recipe, args.overrides)
@@ -86,7 +86,7 @@ def _run_begin(args: argparse.Namespace) -> int:
 
 
 def _run_status(args: argparse.Namespace) -> int:
-    from qwenvl_dist.launches import Job, JobHistory, status
+    from qwenvl_dist.jobs import Job, JobHistory, status
 
     history = JobHistory.load(args.run_folder, Job.from_environment(os.environ))
     print(status(args.run_folder, history.starts[-1], len(history.starts)))
@@ -94,7 +94,7 @@ def _run_status(args: argparse.Namespace) -> int:
 
 
 def _run_end(args: argparse.Namespace) -> int:
-    from qwenvl_dist.launches import Job, JobHistory, Limits
+    from qwenvl_dist.jobs import Job, JobHistory, Limits
 
     history = JobHistory.load(args.run_folder, Job.from_environment(os.environ))
     verdict = history.end(args.code, args.warned, Limits.from_environment(os.environ))

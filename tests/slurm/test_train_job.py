@@ -63,7 +63,8 @@ def test_a_job_that_is_preempted_three_times_ends_as_the_unbroken_run(
 
     # A job of a partition that comes first wants the nodes.
     trains_in(0)
-    assert re.search(r"step \d+, epoch \d\.\d\d, loss \d", lab.run("squeue", "-h", "-j", job, "-o", "%k"))
+    comment = re.compile(r"step \d+, epoch \d\.\d\d, loss \d\.\d+, [\d.]+ samples/s, start 1, 2 nodes")
+    wait_for(lambda: comment.match(lab.run("squeue", "-h", "-j", job, "-o", "%k")), 20, log.read_text)
     urgent = lab.run(
         "sbatch", "--parsable", "-p", "urgent", "--nodes=3", "--exclusive", "--wrap=true"
     ).strip()

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from qwenvl_dist.errors import UserError
-from qwenvl_dist.launches import Job, JobHistory, Limits, Verdict, read_outcomes, status
+from qwenvl_dist.jobs import Job, JobHistory, Limits, Verdict, read_outcomes, status
 
 TORCHRUN = """
 ------------------------------------------------------------
