@@ -13,8 +13,10 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 from qwenvl_dist.errors import CheckFailed, UserError
+from qwenvl_dist.logs import place
+from qwenvl_dist.outcome import Outcome, reason_of
 
-COMMANDS = ("shards", "train", "merge", "predict", "evaluate", "bench", "synthetic")
+COMMANDS = ("shards", "train", "merge", "predict", "evaluate", "bench", "synthetic", "job")
 
 _MOMENT = 1.0  # seconds
 
@@ -31,6 +33,19 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _parse(words: list[str]) -> argparse.Namespace:
+    parser = build_parser()
+    args, rest = parser.parse_known_args(words)
+    if hasattr(
+        args, "overrides"
+    ):  # argparse takes no positional after an option: `train RECIPE --dry-run key=value`
+        args.overrides += [text for text in rest if not text.startswith("-")]
+        rest = [text for text in rest if text.startswith("-")]
+    if rest:
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    return args
+
+
 def _end(message: str, code: int, alike: bool = True) -> NoReturn:
     """Print one line and leave. Among several ranks at once: the others must not wait for our clean-up.
 
@@ -41,7 +56,7 @@ def _end(message: str, code: int, alike: bool = True) -> NoReturn:
     if alike and world_size > 1 and rank != "0":
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         time.sleep(_MOMENT)
-    prefix = f"[rank {rank}] " if world_size > 1 else ""
+    prefix = f"[{place()}] " if world_size > 1 else ""
     print(f"{prefix}error: {message}", file=sys.stderr, flush=True)
     if world_size > 1:
         sys.stdout.flush()
@@ -51,15 +66,13 @@ def _end(message: str, code: int, alike: bool = True) -> NoReturn:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; 0 done, 1 the work failed or a check found faults, 2 the command line or recipe is wrong."""
-    parser = build_parser()
-    args, rest = parser.parse_known_args(argv)
-    if hasattr(
-        args, "overrides"
-    ):  # argparse takes no positional after an option: `train RECIPE --dry-run key=value`
-        args.overrides += [text for text in rest if not text.startswith("-")]
-        rest = [text for text in rest if text.startswith("-")]
-    if rest:
-        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    words = sys.argv[1:] if argv is None else list(argv)
+    try:
+        args = _parse(words)
+    except SystemExit as left:
+        if left.code == 2 and words[:1] == ["train"]:
+            Outcome().write("usage", f"the command line is wrong: {' '.join(words)}")
+        raise
     try:
         return args.run(args)
     except UserError as error:
@@ -72,7 +85,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if int(os.environ.get("WORLD_SIZE", "1")) == 1:
             raise
         traceback.print_exc()
-        _end(f"{type(error).__name__}: {error}", 1, alike=False)
+        _end(reason_of(error), 1, alike=False)
 
 
 if __name__ == "__main__":

@@ -201,7 +201,9 @@ class TrainConfig(_Section):
 
     epochs: Annotated[int, Field(ge=1)] = 10
     max_steps: Annotated[int, Field(ge=1)] | None = None  # optimizer steps; stops earlier than epochs would
-    grad_accum_steps: Annotated[int, Field(ge=1)] = 4
+    grad_accum_steps: Annotated[int, Field(ge=1)] | None = 4  # micro-batches per rank and optimizer step
+    # Samples per optimizer step over all ranks, from which accumulation follows, in place of grad_accum_steps.
+    global_batch_size: Annotated[int, Field(ge=1)] | None = None
     log_every_steps: Annotated[int, Field(ge=1)] = 10
     eval_every_steps: Annotated[int, Field(ge=1)] = 500
     checkpoint_every_steps: Annotated[int, Field(ge=1)] = 500
@@ -212,7 +214,26 @@ class TrainConfig(_Section):
     seed: Seed = 0  # adapter initialisation and dropout
     output_dir: str = "runs/qwen2vl"
     output_shared: bool = True  # false: each node has its own output_dir; rank 0's gets all checkpoints
-    timeout_seconds: Annotated[int, Field(ge=10)] = 1800  # a collective that waits longer ends the run
+    # A rank that others wait for so long ends the run, with its name; NCCL's own default.
+    timeout_seconds: Annotated[int, Field(ge=10)] = 600
+
+    @model_validator(mode="before")
+    @classmethod
+    def _accumulation_follows(cls, value: Any) -> Any:
+        if isinstance(value, dict) and value.get("global_batch_size") is not None:
+            return {"grad_accum_steps": None, **value}
+        return value
+
+    @model_validator(mode="after")
+    def _one_batch_rule(self) -> TrainConfig:
+        if self.global_batch_size is not None and self.grad_accum_steps is not None:
+            raise ValueError(
+                f"global_batch_size is {self.global_batch_size} and grad_accum_steps is {self.grad_accum_steps}: "
+                "accumulation follows from the global batch and the number of ranks; drop one, or set it to null"
+            )
+        if self.global_batch_size is None and self.grad_accum_steps is None:
+            raise ValueError("grad_accum_steps is null and global_batch_size too; set one of them")
+        return self
 
 
 class DeepSpeedSection(_Section):
@@ -279,6 +300,26 @@ class Recipe(_Section):
                 "write `lora: null` for full fine-tuning, or drop `language`"
             )
         return self
+
+    def grad_accum_steps(self, world_size: int) -> int:
+        """Return the micro-batches per rank and optimizer step in a world of so many ranks.
+
+        Raises UserError when train.global_batch_size cannot be dealt to them evenly.
+        """
+        wanted, micro = self.train.global_batch_size, self.data.micro_batch_size
+        if wanted is None:
+            assert self.train.grad_accum_steps is not None, "one of the two is set"
+            return self.train.grad_accum_steps
+        at_once = world_size * micro
+        steps, rest = divmod(wanted, at_once)
+        if rest:
+            near = [str(count * at_once) for count in (steps, steps + 1) if count]
+            raise UserError(
+                f"train.global_batch_size = {wanted}: must be a multiple of ranks x data.micro_batch_size = "
+                f"{world_size} x {micro} = {at_once}; take {' or '.join(near)}, or another number of ranks or "
+                "data.micro_batch_size"
+            )
+        return steps
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain JSON types, every default filled in."""

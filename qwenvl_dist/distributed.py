@@ -18,7 +18,10 @@ from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qwenvl_dist.errors import UserError
+from qwenvl_dist.errors import CheckFailed, UserError
+from qwenvl_dist.heartbeat import collective_seconds
+from qwenvl_dist.launched import choose_interface, require_whole_world
+from qwenvl_dist.logs import place
 from qwenvl_dist.startup import StartUp
 
 if TYPE_CHECKING:
@@ -62,6 +65,16 @@ class Topology:
             local_rank=int(os.environ.get("LOCAL_RANK", 0)),
             node=int(os.environ.get("GROUP_RANK", os.environ.get("SLURM_NODEID", 0))),
             world_size=int(os.environ.get("WORLD_SIZE", 1)),
+        )
+
+
+def check_launch(topology: Topology) -> None:
+    """Raise UserError when the launcher made another world than was asked for, such as one of each node alone."""
+    wanted = os.environ.get("QWENVL_WORLD_SIZE")
+    if wanted is not None and int(wanted) != topology.world_size:
+        raise UserError(
+            f"launched as rank {topology.rank} of {topology.world_size}, but QWENVL_WORLD_SIZE = {wanted}: each node would train alone, or ranks are missing; give "
+            "accelerate launch a *_multinode.yaml of launch/accelerate/ and the same --num_processes on each node"
         )
 
 
@@ -186,7 +199,7 @@ def deepspeed_config(recipe: Recipe) -> dict[str, Any]:
     if stage == 3:
         _refuse_whole_weight_settings(config["zero_optimization"])
     config["train_micro_batch_size_per_gpu"] = recipe.data.micro_batch_size
-    config["gradient_accumulation_steps"] = recipe.train.grad_accum_steps
+    config["gradient_accumulation_steps"] = recipe.grad_accum_steps(Topology.from_environment().world_size)
     config["gradient_clipping"] = recipe.optim.max_grad_norm
     return config
 
@@ -206,13 +219,28 @@ def return_freed_memory() -> None:
         ctypes.CDLL(None).mallopt(_M_MMAP_THRESHOLD, 1 << 20)
 
 
+def bound_groups(timeout: timedelta) -> None:
+    """Let every process group that is made from now on without a time-out of its own have this one.
+
+    DeepSpeed clones the world for its collectives and names none: over gloo they would wait for 30 minutes, over NCCL
+    for 10, whatever the world itself was given. Making a group is bounded too.
+    """
+    from torch.distributed import distributed_c10d
+
+    for name in ("default_pg_timeout", "default_pg_nccl_timeout"):  # what new_group reads
+        assert hasattr(distributed_c10d, name), f"torch.distributed has no {name} any more"
+        setattr(distributed_c10d, name, timeout)
+
+
 def start(recipe: Recipe, startup: StartUp | None = None) -> Accelerator:
     """Join the other ranks and return accelerate's handle, with DeepSpeed on; marks its parts. Collective.
 
     Raises UserError when the world that formed is not the one that was launched: a rank that silently trains alone is
-    the worst failure of all.
+    the worst failure of all. Raises CheckFailed when ranks do not come within the time-out.
     """
     startup = startup or StartUp()
+    require_whole_world()
+    choose_interface()
     config = deepspeed_config(recipe)
     prepare_environment()
     import deepspeed  # noqa: F401  (accelerate would import it while it joins)
@@ -224,21 +252,31 @@ def start(recipe: Recipe, startup: StartUp | None = None) -> Accelerator:
     if config["zero_optimization"]["stage"] == 3 and not torch.cuda.is_available():
         return_freed_memory()
     topology = Topology.from_environment()
+    check_launch(topology)
     plugin = DeepSpeedPlugin(hf_ds_config=config, zero3_init_flag=config["zero_optimization"]["stage"] == 3)
     # Without the explicit backend accelerate believes in a world of one on every rank of a machine without GPUs.
+    timeout = timedelta(seconds=collective_seconds(recipe.train.timeout_seconds))
     process_group = InitProcessGroupKwargs(
-        backend="nccl" if torch.cuda.is_available() else "gloo",
-        timeout=timedelta(seconds=recipe.train.timeout_seconds),
+        backend="nccl" if torch.cuda.is_available() else "gloo", timeout=timeout
     )
-    accelerator = Accelerator(
-        mixed_precision="bf16" if recipe.model.dtype == "bfloat16" else "no",
-        gradient_accumulation_steps=recipe.train.grad_accum_steps,
-        deepspeed_plugin=plugin,
-        kwargs_handlers=[process_group],
-        step_scheduler_with_optimizer=False,
-        log_with=list(recipe.tracking.trackers) if recipe.tracking.mode != "disabled" else None,
-        project_dir=recipe.train.output_dir,
-    )
+    bound_groups(timeout)
+    try:
+        accelerator = Accelerator(
+            mixed_precision="bf16" if recipe.model.dtype == "bfloat16" else "no",
+            gradient_accumulation_steps=config["gradient_accumulation_steps"],
+            deepspeed_plugin=plugin,
+            kwargs_handlers=[process_group],
+            step_scheduler_with_optimizer=False,
+            log_with=list(recipe.tracking.trackers) if recipe.tracking.mode != "disabled" else None,
+            project_dir=recipe.train.output_dir,
+        )
+    except torch.distributed.DistError as error:
+        address = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+        raise CheckFailed(
+            f"{place()} of {topology.world_size} did not meet the other ranks at {address} within "
+            f"{timeout.total_seconds():.0f} s ({str(error).splitlines()[0]}); look at the first error of the other "
+            "nodes, and whether each of them was started and reaches that address"
+        ) from error
     formed = (accelerator.num_processes, torch.distributed.get_world_size())
     if (
         formed != (topology.world_size, topology.world_size)
@@ -255,6 +293,7 @@ def start(recipe: Recipe, startup: StartUp | None = None) -> Accelerator:
 @contextmanager
 def host_ranks(timeout_seconds: float) -> Iterator[HostGroup]:
     """Join the other ranks without DeepSpeed, for work that is only shared out, and part again. Collective."""
+    check_launch(Topology.from_environment())
     prepare_environment()
     import torch.distributed as dist
 

@@ -1,4 +1,4 @@
-"""The two errors that commands turn into exit codes."""
+"""The errors that commands turn into exit codes."""
 
 
 class UserError(ValueError):
@@ -7,3 +7,7 @@ class UserError(ValueError):
 
 class CheckFailed(Exception):  # noqa: N818
     """The work failed or a check found faults, named in one line. Commands print it and exit 1."""
+
+
+class Stopped(CheckFailed):
+    """A signal asked for an early exit; everything done so far is in a checkpoint."""

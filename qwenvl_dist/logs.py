@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import socket
 import sys
 import time
 from collections.abc import Iterable, Iterator
@@ -26,8 +27,13 @@ def rank() -> int:
         return 0
 
 
+def place() -> str:
+    """Return how this rank is called among several, such as `rank 3 on node2`."""
+    return f"rank {rank()} on {socket.gethostname()}"
+
+
 def get_logger(name: str) -> logging.Logger:
-    """Return a logger whose infos only rank 0 prints and whose warnings name the rank that is not 0."""
+    """Return a logger whose infos only rank 0 prints and whose warnings name the rank that is not 0, and its host."""
     root = logging.getLogger(ROOT)
     if not any(isinstance(handler, _RankHandler) for handler in root.handlers):
         root.addHandler(_RankHandler())
@@ -123,7 +129,7 @@ class _RankHandler(logging.Handler):
             if record.levelno >= logging.WARNING:
                 line = f"{record.levelname.lower()}: {line}"
             if this_rank != 0:
-                line = f"[rank {this_rank}] {line}"
+                line = f"[{place()}] {line}"
             if record.exc_info:
                 line += "\n" + (self.formatter or logging.Formatter()).formatException(record.exc_info)
             if sys.stderr.isatty():

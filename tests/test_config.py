@@ -50,6 +50,9 @@ FAULTS = {
     "lora: {modules_to_save: merger}": 'lora.modules_to_save = "merger": must be a list, such as [a, b]',
     "optim: {lora_plus_ratio: 0}": "optim.lora_plus_ratio = 0: must be above 0",
     "lora: {target_modules: []}": "lora.target_modules = []: must name at least one module; to train without",
+    "train: {global_batch_size: 8, grad_accum_steps: 2}": "global_batch_size is 8 and grad_accum_steps is 2: accumul",
+    "train: {grad_accum_steps: null}": "grad_accum_steps is null and global_batch_size too; set one of them",
+    "train: {global_batch_size: 0}": "train.global_batch_size = 0: must be at least 1",
     "lora: 3": "lora = 3: must be a section, with keys and values below it",
     "model: x": 'model = "x": must be a section, with keys and values below it',
     "model: {dtype: bflot16}": "model.dtype = \"bflot16\": must be 'bfloat16' or 'float32'; did you mean 'bfloat16'?",
@@ -252,10 +255,22 @@ def test_checkpointing_names_how_often_a_layer_is_recomputed(
     assert recipe.model.checkpoint_every == every
 
 
+def test_accumulation_follows_from_the_global_batch_and_the_world(tmp_path: Path) -> None:
+    assert load(tmp_path, DATA).grad_accum_steps(7) == 4
+    recipe = load(tmp_path, DATA + "train: {grad_accum_steps: 2}\n", "train.grad_accum_steps=null",
+                  "train.global_batch_size=48", "data.micro_batch_size=2")  # fmt: skip
+    assert [recipe.grad_accum_steps(world) for world in (1, 2, 3, 24)] == [24, 12, 8, 1]
+    for world, remedy in {5: "5 x 2 = 10; take 40 or 50, or", 25: "25 x 2 = 50; take 50, or"}.items():
+        with pytest.raises(UserError, match=r"global_batch_size = 48: must be a multiple of ranks") as caught:
+            recipe.grad_accum_steps(world)
+        assert remedy in str(caught.value)
+
+
 def test_resolved_recipe_reads_back_as_the_same_recipe(tmp_path: Path) -> None:
     for text in (
         DATA,
         DATA + "lora: null\nmodel: {train: [vision]}\noptim: {learning_rate: 1e-7, betas: [0.9, 0.95]}\n",
+        DATA + "train: {global_batch_size: 96}\n",
         "data: {train: 'öl: x', image_size: {min_pixels: 3136, max_pixels: 50176}}\ntracking: {name: '1e-4'}\n",
     ):
         recipe = load(tmp_path, text)

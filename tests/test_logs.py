@@ -9,13 +9,14 @@ from qwenvl_dist.logs import get_logger, progress
     [
         (None, "hello\nwarning: careful\n"),
         ("0", "hello\nwarning: careful\n"),
-        ("3", "[rank 3] warning: careful\n"),
+        ("3", "[rank 3 on node7] warning: careful\n"),
     ],
 )
 def test_infos_come_from_rank_0_and_warnings_name_the_others(monkeypatch, capsys, rank, expected):
     monkeypatch.delenv("RANK", raising=False)
     if rank is not None:
         monkeypatch.setenv("RANK", rank)
+    monkeypatch.setattr(logs.socket, "gethostname", lambda: "node7")
     log = get_logger("qwenvl_dist.somewhere")
     log.info("hello")
     log.warning("careful")

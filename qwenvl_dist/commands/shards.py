@@ -42,6 +42,11 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
         action="store_true",
         help="leave out pictures that cannot be read, and name them in the manifest",
     )
+    pack.add_argument(
+        "--part", metavar="I/N",
+        help="write only the shards I, I + N, ... and no manifest, so that N processes on any machines share the work; "
+        "the same command without --part then checks all shards and adds the manifest",
+    )  # fmt: skip
     pack.set_defaults(run=run)
 
     encode = actions.add_parser(
@@ -95,9 +100,11 @@ def _run_pack(args: argparse.Namespace) -> int:
 
     log = get_logger(__name__)
     started = time.monotonic()
+    part = _parse_part(args.part)
     reader = READERS[args.source]
     samples = list(reader(args.captions, args.images, args.prompt, args.join, allow_missing=args.skip_bad))
-    with progress(total=len(samples), description="pack") as bar:
+    total = len(samples) if part is None else None
+    with progress(total=total, description="pack") as bar:
         report = pack(
             samples,
             args.out,
@@ -105,13 +112,20 @@ def _run_pack(args: argparse.Namespace) -> int:
             workers=available_cores() if args.workers is None else args.workers,
             skip_bad=args.skip_bad,
             packing={"source": args.source, "prompt": args.prompt, "join": args.join},
+            part=part,
             advance=bar.advance,
         )
     for bad in report.skipped[:EXAMPLES_SHOWN]:
         log.warning("left out %s: %s", bad.key, bad.reason)
-    if len(report.skipped) > EXAMPLES_SHOWN:
+    if len(report.skipped) > EXAMPLES_SHOWN and part is None:
         log.warning("left out %d samples, all named in %s", len(report.skipped), f"{args.out}/manifest.json")
     num_shards = len(report.manifest.shards)
+    if part is not None:
+        log.info(
+            "%s: part %s, %d shards, %d of them kept from an earlier run, %.1f s",
+            args.out, args.part, num_shards, report.shards_kept, time.monotonic() - started,
+        )  # fmt: skip
+        return 0
     if not report.shards_written:
         log.info(
             "%s: nothing to do, all %d shards are there (%d samples)",
@@ -126,6 +140,17 @@ def _run_pack(args: argparse.Namespace) -> int:
         "%s: %d samples in %d shards%s, %.1f s", args.out, report.manifest.samples, num_shards, kept, seconds
     )
     return 0
+
+
+def _parse_part(text: str | None) -> tuple[int, int] | None:
+    from qwenvl_dist.errors import UserError
+
+    if text is None:
+        return None
+    number, _, count = text.partition("/")
+    if not (number.isdecimal() and count.isdecimal() and int(number) < int(count)):
+        raise UserError(f"--part {text}: must be I/N with I from 0 to N - 1, such as 0/4")
+    return int(number), int(count)
 
 
 def _run_encode(args: argparse.Namespace) -> int:

@@ -3,6 +3,11 @@
 from __future__ import annotations
 
 import argparse
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from qwenvl_dist.config import Recipe
+    from qwenvl_dist.outcome import Outcome
 
 
 def add_parser(subparsers: argparse._SubParsersAction) -> None:
@@ -25,17 +30,28 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Train; exit code 0 when the plan is done."""
+    """Train; exit code 0 when the plan is done. How this rank ended is left for its launcher too."""
     from qwenvl_dist.config import load_recipe
 
-    recipe = load_recipe(args.recipe, args.overrides)
     if args.dry_run:
-        print(recipe.to_yaml(), end="")
+        print(load_recipe(args.recipe, args.overrides).to_yaml(), end="")
         return 0
+    from qwenvl_dist.outcome import Outcome
+
+    outcome = Outcome()
+    with outcome.recorded():
+        _train(load_recipe(args.recipe, args.overrides), outcome)
+    return 0
+
+
+def _train(recipe: Recipe, outcome: Outcome) -> None:
+    from qwenvl_dist.guard import Guard, Launchers
     from qwenvl_dist.training.stop import StopSignal
 
     stop = StopSignal()  # the imports below take seconds, in which a signal may come
-    from qwenvl_dist.training.run import run_training
+    guard = Guard(outcome)
+    guard.watch(Launchers().gone)
+    with guard:
+        from qwenvl_dist.training.run import run_training
 
-    run_training(recipe, stop)
-    return 0
+        run_training(recipe, stop, guard)

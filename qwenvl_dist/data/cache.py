@@ -1,4 +1,4 @@
-"""A node's own copies of remote shards: fetched once whatever the number of ranks and workers, bounded in size.
+"""A node's own copies of shards: fetched once whatever the number of ranks and workers, bounded in size.
 
 The cache can make a run faster, never change what it reads: whatever goes wrong here (no room, a full disk, a copy that
 is not what the manifest names) ends in range reads from the remote place, and those decide what is a bad sample.
@@ -120,7 +120,9 @@ class ShardCache:
         except OSError as error:
             self._resting_until = time.monotonic() + REST_SECONDS
             reason = error.strerror or str(error)
-            self._warn(reason, f"data.cache_dir = {self.folder}: {reason}: reading remote shards in parts")
+            self._warn(
+                reason, f"data.cache_dir = {self.folder}: {reason}: reading shards in parts where they lie"
+            )
         return None
 
     def drop(self, wanted: Wanted, pinned: Pinned) -> None:
@@ -221,7 +223,8 @@ class ShardCache:
             part.unlink()
         if limit < self.max_bytes:
             self._warn(
-                "disk", f"data.cache_dir = {self.folder}: the disk is full: reading remote shards in parts"
+                "disk",
+                f"data.cache_dir = {self.folder}: the disk is full: reading shards in parts where they lie",
             )
         else:
             self._warn(

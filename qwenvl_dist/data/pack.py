@@ -40,6 +40,7 @@ from qwenvl_dist.files import fsync, sha256_of, write_atomic
 
 # Marks a folder whose packing has begun and not ended; locked while a packer is at work.
 UNFINISHED_NAME = "packing.lock"
+PART_LOCK = "packing.{}-of-{}.lock"
 LOCK_PATIENCE_SECONDS = 5.0
 
 
@@ -69,9 +70,13 @@ def pack(
     workers: int = 1,
     skip_bad: bool = False,
     packing: dict[str, Any] | None = None,
+    part: tuple[int, int] | None = None,
     advance: Callable[[int], None] = lambda n: None,
 ) -> PackReport:
     """Write `samples` as shards into `out`, a folder or URL; over a finished output do nothing.
+
+    With `part` (i, n) only the shards i, i + n, ... are written, and no manifest: n such calls, on any machines and at
+    the same time, leave everything but the manifest, which a call without `part` then adds. It proves each shard.
 
     A picture that cannot be read is a `UserError`; with `skip_bad` its sample is left out, and named in the
     manifest. `packing` is noted there too. `advance` hears how many samples are done. Nothing that lies in
@@ -79,6 +84,8 @@ def pack(
     temporary files, all of them.
     """
     if is_remote(out):
+        if part is not None:
+            raise UserError(f"--out {out}: a part is packed into a folder that all parts share, not to a URL")
         with TemporaryDirectory(prefix="qwenvl-dist-") as folder:
             target = _open_target(str(out))
             local = Path(folder, "shards")
@@ -117,11 +124,10 @@ def pack(
 
     out.mkdir(parents=True, exist_ok=True)
     _import_tar_writer()  # once, before the workers fork
+    if part is not None:
+        return _pack_part(itertools.islice(tasks, part[0], None, part[1]), out, part, workers, advance)
     with locked(out / UNFINISHED_NAME):
-        results = []
-        for result in map_in_order(_pack_shard, tasks, workers):
-            results.append(result)
-            advance(result.num_input_samples)
+        results = _pack_shards(tasks, workers, advance)
         skipped = [bad for result in results for bad in result.skipped]
         notes = {**(packing or {}), "samples_per_shard": samples_per_shard}
         manifest = Manifest(
@@ -133,12 +139,33 @@ def pack(
         for tar in sorted(out.glob("*.tar")):
             if tar.name not in ours:
                 raise _other_input(out, f"{tar.name} is there, the input ends before it")
-        for leftover in out.glob("shard-*.tmp"):
+        for leftover in (*out.glob("shard-*.tmp"), *out.glob(PART_LOCK.format("*", "*"))):
             leftover.unlink()
         manifest.write(out)
         (out / UNFINISHED_NAME).unlink()
     kept = sum(result.kept for result in results)
     return PackReport(manifest, len(results) - kept, kept, skipped)
+
+
+def _pack_part(
+    tasks: Iterable[_Task], out: Path, part: tuple[int, int], workers: int, advance: Callable[[int], None]
+) -> PackReport:
+    """Write the shards of one part. The manifest of the report names these alone, and is not written."""
+    own = out / PART_LOCK.format(*part)
+    with locked(out / UNFINISHED_NAME, shared=True), locked(own):
+        results = _pack_shards(tasks, workers, advance)
+        own.unlink()
+    kept = sum(result.kept for result in results)
+    skipped = [bad for result in results for bad in result.skipped]
+    return PackReport(Manifest([result.entry for result in results]), len(results) - kept, kept, skipped)
+
+
+def _pack_shards(tasks: Iterable[_Task], workers: int, advance: Callable[[int], None]) -> list[_Result]:
+    results = []
+    for result in map_in_order(_pack_shard, tasks, workers):
+        results.append(result)
+        advance(result.num_input_samples)
+    return results
 
 
 def _open_target(out: str) -> FsspecStorage:
@@ -376,13 +403,17 @@ def _import_tar_writer() -> Any:
 
 
 @contextmanager
-def locked(path: Path) -> Iterator[None]:
-    """Hold the lock of an output folder; workers inherit it, so it ends when the last of them is gone."""
+def locked(path: Path, shared: bool = False) -> Iterator[None]:
+    """Hold the lock of an output folder; workers inherit it, so it ends when the last of them is gone.
+
+    Any number of holders may share it, none beside one that does not.
+    """
     deadline = time.monotonic() + LOCK_PATIENCE_SECONDS
+    kind = fcntl.LOCK_SH if shared else fcntl.LOCK_EX
     while True:
-        with path.open("ab") as file:
+        with path.open("a+b") as file:  # over NFS a shared lock wants a file that can be read
             try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                fcntl.flock(file, kind | fcntl.LOCK_NB)
             except BlockingIOError:
                 if time.monotonic() > deadline:
                     raise UserError(

@@ -40,7 +40,7 @@ class ShardSet:
     """The shards of one packed data set, opened as the plan needs them. Safe in threads.
 
     Only the indexes of the last `keep_open` shards stay in memory, so that memory does not grow with the data set. With
-    a cache, remote shards are pinned in it from when the plan needs them (`expect`) until it does no longer.
+    a cache, shards are pinned in it from when the plan needs them (`expect`) until it does no longer.
     """
 
     def __init__(
@@ -49,7 +49,7 @@ class ShardSet:
         self.storage = open_storage(place) if isinstance(place, (str, Path)) else place
         self.manifest = Manifest.load(self.storage)
         self.is_remote = not isinstance(self.storage, LocalStorage)
-        self.cache = cache if self.is_remote else None
+        self.cache = cache
         self.keep_open = keep_open
         self._reset()
 

@@ -179,13 +179,24 @@ class LocalStorage:
 
     def download(self, name: str, target: BinaryIO) -> None:
         """Copy a file."""
-        with (self.folder / name).open("rb") as file:
-            while chunk := file.read(CHUNK_BYTES):
+        try:
+            file = (self.folder / name).open("rb")
+        except OSError as error:
+            raise StorageError(f"cannot be read ({error.strerror})") from error
+        with file:
+            while chunk := _read_chunk(file):
                 target.write(chunk)
 
     def names(self) -> list[str]:
         """Return the files of the folder."""
         return sorted(path.name for path in self.folder.iterdir() if path.is_file())
+
+
+def _read_chunk(file: BinaryIO) -> bytes:
+    try:
+        return file.read(CHUNK_BYTES)
+    except OSError as error:  # not one of the target's
+        raise StorageError(f"cannot be read ({error.strerror})") from error
 
 
 class LocalFile:

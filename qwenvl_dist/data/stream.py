@@ -10,6 +10,9 @@ Stages of the webdataset pipeline that each loader worker runs:
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
+import multiprocessing
 import os
 import signal
 import threading
@@ -158,12 +161,24 @@ class _Collate:
         return collate(examples, self.dummy, self.pad, self.image)
 
 
-def _obey_the_rank_alone(_worker: int) -> None:
-    """Let SIGTERM end this loader worker only when its own rank sends it.
+_PR_SET_PDEATHSIG = 1  # <sys/prctl.h>
+
+
+def _live_and_die_with_the_rank(_worker: int) -> None:
+    """End this loader worker when its own rank says so or is gone, and at no other time.
 
     A launcher or scheduler that stops a job signals whole process groups; the rank still finishes its step and writes a
-    checkpoint, and a worker that died under it would make that an error. Without its rank a worker ends by itself.
+    checkpoint, and a worker that died under it would make that an error: SIGTERM counts only when the rank sends it. A
+    killed rank says nothing, and a worker that outlived it would keep its connections open, so that other ranks wait:
+    the kernel ends the worker then (prctl(2)).
     """
+    rank = multiprocessing.parent_process()
+    with contextlib.suppress(
+        OSError, AttributeError
+    ):  # another system: torch's own look every few seconds remains
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    if rank is not None and os.getppid() != rank.pid:  # it ended before
+        os._exit(1)
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
 
     def wait() -> None:
@@ -229,7 +244,7 @@ class CaptionStream:
             pipeline,  # type: ignore[arg-type]  (torch's IterableDataset when there is torch)
             batch_size=None,
             num_workers=self.workers,
-            worker_init_fn=_obey_the_rank_alone,
+            worker_init_fn=_live_and_die_with_the_rank,
             prefetch_factor=ahead if self.workers else None,
             pin_memory=pin and slots is None,
             timeout=self.timeout_seconds if self.workers else 0,

@@ -33,6 +33,7 @@ from qwenvl_dist.checkpoints.zero import ZeroCheckpoint
 from qwenvl_dist.distributed import HostGroup
 from qwenvl_dist.errors import CheckFailed, UserError
 from qwenvl_dist.files import fsync
+from qwenvl_dist.heartbeat import collective_seconds
 from qwenvl_dist.logs import get_logger
 from qwenvl_dist.model.base_folder import BaseFolder
 from qwenvl_dist.model.load import save_processor
@@ -140,7 +141,7 @@ class Checkpoints:
         self._in_flight: Future[None] | None = None
         if state.recipe.train.checkpoint_async:
             # Its own group: two threads must not talk over one.
-            self._group = HostGroup(state.recipe.train.timeout_seconds)
+            self._group = HostGroup(collective_seconds(state.recipe.train.timeout_seconds))
             self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
 
     def _read_same_files(self) -> dict[str, Write]:

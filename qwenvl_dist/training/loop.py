@@ -6,7 +6,7 @@ import time
 from typing import TYPE_CHECKING, Any
 
 from qwenvl_dist.data.plan import positions_digest
-from qwenvl_dist.errors import CheckFailed
+from qwenvl_dist.errors import CheckFailed, Stopped
 from qwenvl_dist.logs import get_logger
 from qwenvl_dist.training.optim import learning_rate
 from qwenvl_dist.training.step import GradientCensus, StepResult, train_step, validation_loss
@@ -23,10 +23,6 @@ if TYPE_CHECKING:
 
 log = get_logger(__name__)
 CENSUS_STEPS = 2
-
-
-class Stopped(CheckFailed):
-    """A signal asked for an early exit; everything done so far is in a checkpoint."""
 
 
 def train(
@@ -51,6 +47,7 @@ def train(
         with metrics.timer("step_seconds"):
             result = train_step(state, micro_batches, rate, target_tokens, samples)
         progress.advance(state.batches.layout.global_batch_size, state.total_samples)
+        state.outcome.step = progress.step
         metrics.add(result, micro_batches)
         if not state.startup.finished:
             metrics.end_startup(result)

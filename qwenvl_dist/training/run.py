@@ -16,6 +16,8 @@ from qwenvl_dist.data.storage import ReadPolicy, open_storage
 from qwenvl_dist.data.stream import CaptionStream, SampleEncoder
 from qwenvl_dist.distributed import HostGroup, Topology, start
 from qwenvl_dist.errors import CheckFailed, UserError
+from qwenvl_dist.guard import Guard
+from qwenvl_dist.heartbeat import Heartbeat, collective_seconds
 from qwenvl_dist.logs import get_logger
 from qwenvl_dist.model.fast_path import install as install_fast_path
 from qwenvl_dist.model.load import load_model, load_processor, resolve_base
@@ -29,6 +31,7 @@ from qwenvl_dist.training.loop import train
 from qwenvl_dist.training.metrics import Metrics, start_trackers
 from qwenvl_dist.training.optim import make_optimizer
 from qwenvl_dist.training.output_folder import ranks_elsewhere, set_aside_earlier_run
+from qwenvl_dist.training.pace import Pace
 from qwenvl_dist.training.state import DataIdentity, TrainState
 
 if TYPE_CHECKING:
@@ -93,7 +96,8 @@ def open_streams(
     )
     if not plan.samples_per_epoch:
         raise UserError(f"data.train = {data.train}: holds no samples; pack some first")
-    layout = StepLayout(topology.world_size, data.micro_batch_size, train_config.grad_accum_steps)
+    accumulation = recipe.grad_accum_steps(topology.world_size)
+    layout = StepLayout(topology.world_size, data.micro_batch_size, accumulation)
     options: Any = {
         "rank": topology.rank,
         "workers": data.workers,
@@ -156,6 +160,7 @@ def assemble(
         identity=identity,
         total_samples=batches.plan.total_samples,
         startup=startup,
+        pace=Pace(accelerator.device, exchanges_nothing=plugin.zero_stage == 2),
     )
 
 
@@ -194,26 +199,45 @@ def check_recipe_paths(recipe: Recipe) -> None:
         raise UserError("tracking.mode = local: needs swanlab[dashboard]; install it, or use mode offline")
 
 
-def run_training(recipe: Recipe, stop: StopSignal) -> None:
-    """Train as the recipe says, resuming where an earlier start left off, until `stop`. Collective."""
+def run_training(recipe: Recipe, stop: StopSignal, guard: Guard | None = None) -> None:
+    """Train as the recipe says, resuming where an earlier start left off, until `stop`. Collective.
+
+    `guard` ends the process when a rank does not answer within train.timeout_seconds.
+    """
+    guard = guard or Guard()
     startup = StartUp()
     startup.mark("imports")
     check_recipe_paths(recipe)
     startup.mark("data")
     accelerator = start(recipe, startup)
     stop.joined()
+    host = HostGroup(collective_seconds(recipe.train.timeout_seconds))
+    with Heartbeat(host, guard, recipe.train.timeout_seconds):
+        _run_joined(recipe, accelerator, host, stop, guard, startup)
+    accelerator.end_training()
+
+
+def _run_joined(
+    recipe: Recipe,
+    accelerator: Accelerator,
+    host: HostGroup,
+    stop: StopSignal,
+    guard: Guard,
+    startup: StartUp,
+) -> None:
     topology = Topology.from_environment()
-    host = HostGroup(recipe.train.timeout_seconds)
     run = Path(recipe.train.output_dir)
     elsewhere = ranks_elsewhere(run, host, recipe.train.output_shared)
     startup.mark("join")
     base = resolve_base(recipe.model.base)
     state = assemble(recipe, accelerator, topology, host, base, startup)
+    state.outcome = guard.outcome
     if topology.is_main and recipe.train.resume == "never":
         set_aside_earlier_run(run)
     host.barrier()
     checkpoints = Checkpoints(state, base, elsewhere)
     checkpoints.resume()
+    state.outcome.step = state.progress.step
     apply_max_steps(state)
     if topology.is_main or (topology.rank in elsewhere and topology.local_rank == 0):
         moved = rewind(run, state.progress.step)
@@ -221,9 +245,11 @@ def run_training(recipe: Recipe, stop: StopSignal) -> None:
             log.info("moved %d lines of steps after %d to discarded/", moved, state.progress.step)
         (run / "recipe.yaml").write_text(recipe.to_yaml(), encoding="utf-8")
     host.barrier()
+    layout = state.batches.layout
     log.info(
-        "%d ranks, ZeRO-%d, global batch of %d samples",
-        topology.world_size, state.engine.zero_optimization_stage(), state.batches.layout.global_batch_size,
+        "%d ranks, ZeRO-%d, global batch of %d samples: %d ranks x %d samples x %d accumulated",
+        topology.world_size, state.engine.zero_optimization_stage(), layout.global_batch_size,
+        layout.world_size, layout.micro_batch_size, layout.grad_accum_steps,
     )  # fmt: skip
     history = RunHistory(run, topology.rank, recipe.data.ledger)
     metrics = Metrics(state, history)
@@ -246,4 +272,3 @@ def run_training(recipe: Recipe, stop: StopSignal) -> None:
         raise
     finally:
         history.sync()
-    accelerator.end_training()

@@ -8,7 +8,9 @@ from typing import TYPE_CHECKING, Any
 from qwenvl_dist.data.batch import BadSampleRecord
 from qwenvl_dist.data.plan import PLAN_VERSION
 from qwenvl_dist.errors import UserError
+from qwenvl_dist.outcome import Outcome
 from qwenvl_dist.startup import StartUp
+from qwenvl_dist.training.pace import Pace
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -99,6 +101,8 @@ class TrainState:
     total_samples: int  # samples after which the run is finished
     progress: Progress = field(default_factory=Progress)
     startup: StartUp = field(default_factory=StartUp)
+    outcome: Outcome = field(default_factory=Outcome)
+    pace: Pace = field(default_factory=Pace)
 
     @property
     def finished(self) -> bool:

@@ -182,7 +182,9 @@ def test_a_full_disk_ends_in_range_reads_and_one_warning(
     cache = open_cache(tmp_path)
     assert read_through(open_set(server.url, cache)) == read_through(open_set(packed))
     assert total_bytes(cache) == 0
-    message = f"data.cache_dir = {cache.folder}: No space left on device: reading remote shards in parts"
+    message = (
+        f"data.cache_dir = {cache.folder}: No space left on device: reading shards in parts where they lie"
+    )
     assert capsys.readouterr().err == f"warning: {message}\n"
 
 

@@ -25,6 +25,7 @@ def train(recipe: str, *overrides: str) -> None:
 
 def _rank(target: Callable[..., None], arguments: tuple, variables: dict[str, str], log: str) -> None:
     os.setsid()  # a rank's own children die with it
+    multiprocessing.set_start_method("fork", force=True)  # as in a rank that a launcher starts
     stream = os.open(log, os.O_WRONLY | os.O_APPEND | os.O_CREAT)
     os.dup2(stream, 1)
     os.dup2(stream, 2)
@@ -40,7 +41,14 @@ def _rank(target: Callable[..., None], arguments: tuple, variables: dict[str, st
 class ForkedRanks:
     """One start of a function, a picklable one, on so many ranks; what they print is added to a log."""
 
-    def __init__(self, target: Callable[..., None], arguments: tuple, world: int, log: Path) -> None:
+    def __init__(
+        self,
+        target: Callable[..., None],
+        arguments: tuple,
+        world: int,
+        log: Path,
+        env: dict[str, str] | None = None,
+    ) -> None:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
         _starter.set_forkserver_preload(_PRELOADED)
         rendezvous = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port(), "OMP_NUM_THREADS": 1}
@@ -49,7 +57,7 @@ class ForkedRanks:
         self.ranks: list[BaseProcess] = []
         for rank in range(world):
             place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world, "LOCAL_WORLD_SIZE": world}
-            variables = {name: str(value) for name, value in {**rendezvous, **place}.items()}
+            variables = {name: str(value) for name, value in {**rendezvous, **place, **(env or {})}.items()}
             process = _starter.Process(target=_rank, args=(target, arguments, variables, str(log)))
             process.start()
             self.ranks.append(process)
