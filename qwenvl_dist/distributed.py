@@ -73,8 +73,9 @@ def check_launch(topology: Topology) -> None:
     wanted = os.environ.get("QWENVL_WORLD_SIZE")
     if wanted is not None and int(wanted) != topology.world_size:
         raise UserError(
-            f"launched as rank {topology.rank} of {topology.world_size}, but QWENVL_WORLD_SIZE = {wanted}: each node would train alone, or ranks are missing; give "
-            "accelerate launch a *_multinode.yaml of launch/accelerate/ and the same --num_processes on each node"
+            f"launched as rank {topology.rank} of {topology.world_size}, but QWENVL_WORLD_SIZE = {wanted}: "
+            "each node would train alone, or ranks are missing; give accelerate launch a *_multinode.yaml of "
+            "launch/accelerate/ and the same --num_processes on each node"
         )
 
 
