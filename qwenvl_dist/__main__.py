@@ -14,7 +14,7 @@ from typing import NoReturn
 
 from qwenvl_dist.errors import CheckFailed, UserError
 
-COMMANDS = ("shards", "train", "merge", "predict", "evaluate", "bench", "synthetic")
+COMMANDS = ("shards", "train", "merge", "predict", "evaluate", "report", "bench", "synthetic")
 
 _MOMENT = 1.0  # seconds
 

@@ -14,6 +14,7 @@ import torch
 
 from qwenvl_dist.logs import get_logger, progress
 from qwenvl_dist.training.mfu import usable_peak, work_of
+from qwenvl_dist.training.tracking import plain_metrics
 
 if TYPE_CHECKING:
     from qwenvl_dist.data.batch import CaptionBatch
@@ -131,8 +132,7 @@ class Metrics:
         if self._startup:  # in the first line of a launch
             values["startup_seconds"], self._startup = self._startup, None
         self.history.metrics(values)
-        plain = {k: v for k, v in flat_config(values).items() if k != "step" and v is not None}
-        state.accelerator.log(plain, step=progress.step)
+        state.accelerator.log(plain_metrics(values), step=progress.step)
         left = (state.total_samples - progress.consumed) / max(self._samples / wall, 1e-9)
         total = progress.step + state.batches.layout.steps(state.total_samples - progress.consumed)
         log.info(
@@ -149,41 +149,3 @@ class Metrics:
         self.history.metrics({"step": step, "val_loss": val_loss})
         self.state.accelerator.log({"val_loss": val_loss}, step=step)
         log.info("step %d: validation loss %.4f (%.1f s)", step, val_loss, seconds)
-
-
-def flat_config(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Return {"optim/learning_rate": 1e-4, ...}: trackers take only plain values."""
-    flat: dict[str, Any] = {}
-    for key, value in tree.items():
-        if isinstance(value, dict):
-            flat.update(flat_config(value, f"{prefix}{key}/"))
-        else:
-            plain = value is None or isinstance(value, bool | int | float | str)
-            flat[prefix + key] = value if plain else str(value)
-    return flat
-
-
-def start_trackers(state: TrainState) -> None:
-    """Start the recipe's experiment trackers through accelerate."""
-    recipe, tracking = state.recipe, state.recipe.tracking
-    if tracking.mode == "disabled" or not tracking.trackers:
-        return
-    config = {
-        **recipe.to_dict(),
-        "world_size": state.topology.world_size,
-        "zero_stage": state.engine.zero_optimization_stage(),
-        "samples_per_epoch": state.identity.samples_per_epoch,
-    }
-    run = recipe.train.output_dir
-    options: dict[str, Any] = {
-        "swanlab": {"mode": tracking.mode, "logdir": f"{run}/swanlab", "experiment_name": tracking.name},
-        "wandb": {
-            "mode": "online" if tracking.mode == "online" else "offline",
-            "dir": run,
-            "name": tracking.name,
-        },
-    }
-    if tracking.mode == "online":
-        options["swanlab"]["mode"] = "cloud"
-    wanted = {name: value for name, value in options.items() if name in tracking.trackers}
-    state.accelerator.init_trackers(tracking.project, config=flat_config(config), init_kwargs=wanted)

@@ -1,0 +1,290 @@
+"""Experiment trackers, through accelerate: one run in each, however often the training is started again.
+
+A tracker's run has an id that the run folder keeps. Online, a later start goes on with the run of that id. SwanLab and
+W&B without a server cannot go on with a folder that an earlier process has written: what it wrote moves to `discarded/`,
+and the surviving history is told again from the run folder, under the same id. TensorBoard goes on in its folder, and
+steps that a resume undoes are struck out there.
+"""
+
+from __future__ import annotations
+
+import json
+import secrets
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from qwenvl_dist.data.images import UnreadableImage
+from qwenvl_dist.data.pictures import find_pictures, thumbnail
+from qwenvl_dist.errors import UserError
+from qwenvl_dist.files import write_atomic
+from qwenvl_dist.logs import get_logger
+from qwenvl_dist.training.output_folder import set_aside
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+    from qwenvl_dist.training.state import TrainState
+
+log = get_logger(__name__)
+Tracker = Any  # one of accelerate's trackers; what their base class lacks, all three have: name, tracker, log
+IDS = "tracking.json"
+GENERATIONS = "generations"
+PHOTOS_TRACKED = 16  # of one evaluation
+CAPTIONS_KEY = "validation/captions"
+COLUMNS = ("photo", "prompt", "reference", "before training", "now", "CIDEr")
+
+
+def flat_config(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Return {"optim/learning_rate": 1e-4, ...}: trackers take only plain values."""
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        if isinstance(value, Mapping):
+            flat.update(flat_config(value, f"{prefix}{key}/"))
+        else:
+            plain = value is None or isinstance(value, bool | int | float | str)
+            flat[prefix + key] = value if plain else str(value)
+    return flat
+
+
+def plain_metrics(line: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the numbers of a line of metrics.jsonl by flat names, without its step."""
+    return {key: value for key, value in flat_config(line).items() if key != "step" and value is not None}
+
+
+def run_config(state: TrainState, launch: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a run's configuration: first under the names that people look for, then the whole recipe and launch."""
+    recipe = state.recipe
+    lora = recipe.lora
+    named = {
+        "model": recipe.model.base,
+        "dataset": recipe.data.train,
+        "prompt": launch["prompt"],
+        "train_data_number": state.identity.samples_per_epoch,
+        "lora_rank": lora.rank if lora else None,
+        "lora_alpha": lora.alpha if lora else None,
+        "lora_dropout": lora.dropout if lora else None,
+    }
+    return flat_config({**named, **{f"recipe/{k}": v for k, v in recipe.to_dict().items()}, "launch": launch})
+
+
+def start_trackers(state: TrainState, launch: Mapping[str, Any]) -> None:
+    """Start the recipe's trackers, or go on with their runs. Every rank calls it, rank 0 writes.
+
+    Raises UserError when one cannot be started, for instance online without a key.
+    """
+    recipe, tracking = state.recipe, state.recipe.tracking
+    if tracking.mode == "disabled" or not tracking.trackers:
+        return
+    run = Path(recipe.train.output_dir)
+    told_again: list[str] = []
+    ids: dict[str, str] = {}
+    if state.topology.is_main:
+        ids = _ids(run)
+        if tracking.mode != "online":
+            told_again = [name for name in ("swanlab", "wandb") if name in tracking.trackers]
+            for name in told_again:
+                if (run / name).exists():
+                    set_aside(run, run / name)
+    try:
+        state.accelerator.init_trackers(tracking.project, init_kwargs=_options(state, run, ids))
+    except Exception as error:  # each has errors of its own
+        reason = " ".join(str(error).split())
+        raise UserError(
+            f"tracking.mode = {tracking.mode}: {', '.join(tracking.trackers)} could not be started: {reason}; "
+            "mend that, or use mode offline or disabled"
+        ) from error
+    if not state.topology.is_main:
+        return
+    config = run_config(state, launch)
+    for tracker in state.accelerator.trackers:
+        if tracker.name == "tensorboard":
+            _store_in_tensorboard(tracker, config, state.progress.step)
+        else:
+            tracker.store_init_configuration(config)
+    _tell_again(state, run, [tracker for tracker in state.accelerator.trackers if tracker.name in told_again])
+
+
+def _ids(run: Path) -> dict[str, str]:
+    """Return each tracker's id of this run, made at its first start."""
+    path = run / IDS
+    if path.is_file():
+        try:
+            found = json.loads(path.read_text(encoding="utf-8"))
+            return {name: str(found[name]) for name in ("swanlab", "wandb")}
+        except (ValueError, KeyError, TypeError):
+            log.warning("%s cannot be read: the trackers begin new runs", path)
+    ids = {name: secrets.token_hex(8) for name in ("swanlab", "wandb")}
+    write_atomic(path, (json.dumps(ids) + "\n").encode())
+    return ids
+
+
+def _options(state: TrainState, run: Path, ids: Mapping[str, str]) -> dict[str, dict[str, Any]]:
+    """Return what each tracker is started with."""
+    tracking = state.recipe.tracking
+    online = tracking.mode == "online"
+    options: dict[str, dict[str, Any]] = {
+        "swanlab": {
+            "mode": tracking.mode,
+            "log_dir": str(run / "swanlab"),
+            "name": tracking.name,
+            "id": ids.get("swanlab"),
+            "resume": "allow",
+        },
+        "wandb": {
+            "mode": "online" if online else "offline",
+            "dir": str(run),
+            "name": tracking.name,
+            "id": ids.get("wandb"),
+            **({"resume": "allow"} if online else {}),
+        },
+        # Events of later steps are from before a resume.
+        "tensorboard": {"purge_step": state.progress.step + 1},
+    }
+    return {name: options[name] for name in tracking.trackers}
+
+
+def _store_in_tensorboard(tracker: Tracker, config: Mapping[str, Any], step: int) -> None:
+    """Write the configuration beside the metrics; accelerate would make a run of its own of it."""
+    from torch.utils.tensorboard.summary import hparams
+
+    writer = tracker.tracker
+    plain = {key: value for key, value in config.items() if value is not None}
+    for summary in hparams(plain, {}):
+        writer.file_writer.add_summary(summary)
+    rows = "\n".join(f"| {key} | {_cell(value)} |" for key, value in plain.items())
+    writer.add_text("config", f"| key | value |\n|---|---|\n{rows}", global_step=step)
+    writer.flush()
+
+
+def _tell_again(state: TrainState, run: Path, trackers: Sequence[Tracker]) -> None:
+    """Log the surviving history of earlier starts to trackers that begin with nothing."""
+    if not trackers:
+        return
+    lines: list[tuple[int, dict[str, Any] | None]] = []
+    path = run / "metrics.jsonl"
+    for text in path.read_text(encoding="utf-8").split("\n") if path.is_file() else ():
+        if text:
+            line = json.loads(text)  # whole: a resume has dropped a torn one
+            lines.append((line["step"], plain_metrics(line)))
+    lines += [(step, None) for step in _generated_steps(run) if step <= state.progress.step]
+    for step, values in sorted(lines, key=lambda line: line[0]):
+        if values is None:
+            _track_generations(state, run, step, trackers)
+            continue
+        for tracker in trackers:
+            tracker.log(values, step=step)
+
+
+def _generated_steps(run: Path) -> list[int]:
+    names = [path.stem.removeprefix("step-") for path in (run / GENERATIONS).glob("step-*.json")]
+    return sorted(int(name) for name in names if name.isdigit())
+
+
+def track_generations(state: TrainState, step: int) -> None:
+    """Send what was generated at `step` (RUN/generations/step-*.json) to the trackers, with its photos. Rank 0 acts."""
+    if state.topology.is_main and state.accelerator.trackers:
+        _track_generations(state, Path(state.recipe.train.output_dir), step, state.accelerator.trackers)
+
+
+def _track_generations(state: TrainState, run: Path, step: int, trackers: Sequence[Tracker]) -> None:
+    rows = json.loads((run / GENERATIONS / f"step-{step:08d}.json").read_text(encoding="utf-8"))
+    rows = rows[:PHOTOS_TRACKED]
+    base = run / GENERATIONS / "base.json"
+    before = json.loads(base.read_text(encoding="utf-8")) if base.is_file() else []
+    found: dict[str, bytes] = {}
+    if state.validation is not None and state.validation.shards.manifest.features is None:
+        found = find_pictures(state.validation.shards, [row["key"] for row in rows])
+    log_generations(trackers, step, rows, before, found)
+
+
+def log_generations(
+    trackers: Sequence[Tracker],
+    step: int,
+    rows: Sequence[Mapping[str, Any]],
+    before: Sequence[Mapping[str, Any]],
+    pictures: Mapping[str, bytes],
+) -> None:
+    """Show each tracker validation photos with their captions: a table, with the photos in it or beside it.
+
+    Args:
+        trackers: started ones, on rank 0.
+        step: at which `rows` were generated.
+        rows: {"key", "prompt", "references", "caption", "scores": {"CIDEr": ...}} each.
+        before: the same of the base, in any order; may lack some.
+        pictures: original bytes by key; may lack some.
+    """
+    base = {row["key"]: row["caption"] for row in before}
+    table = [
+        [
+            str(row["key"]),
+            row.get("prompt", ""),
+            " / ".join(row.get("references") or ()),
+            base.get(row["key"], ""),
+            row["caption"],
+            (row.get("scores") or {}).get("CIDEr"),
+        ]
+        for row in rows
+    ]
+    photos: dict[str, Image.Image] = {}
+    for key, data in pictures.items():
+        try:
+            photos[key] = thumbnail(data)
+        except UnreadableImage:
+            continue
+    for tracker in trackers:
+        _SHOW[tracker.name](tracker, step, table, photos)
+
+
+def _in_words(row: Sequence[Any]) -> str:
+    """Return what stands below a photo."""
+    pairs = zip(COLUMNS[2:], row[2:], strict=True)
+    return "\n".join(f"{name}: {value}" for name, value in pairs if value not in ("", None))
+
+
+def _show_in_swanlab(
+    tracker: Any, step: int, table: Sequence[list], photos: Mapping[str, Image.Image]
+) -> None:
+    import swanlab
+
+    shown = [
+        swanlab.Image(photos[row[0]], caption=_in_words(row), file_type="jpg")
+        for row in table
+        if row[0] in photos
+    ]
+    values: dict[str, Any] = {"validation/photos": shown} if shown else {}
+    if tracker.init_kwargs["mode"] == "local":  # whose dashboard knows no tables
+        values[CAPTIONS_KEY] = [swanlab.Text(_in_words(row), caption=row[0]) for row in table]
+    else:
+        values[CAPTIONS_KEY] = swanlab.ECharts(swanlab.echarts.Table().add(list(COLUMNS), list(table)))
+    tracker.log(values, step=step)
+
+
+def _show_in_wandb(tracker: Any, step: int, table: Sequence[list], photos: Mapping[str, Image.Image]) -> None:
+    import wandb
+
+    rows: list[Any] = [[wandb.Image(photos[row[0]]) if row[0] in photos else None, *row] for row in table]
+    tracker.log({CAPTIONS_KEY: wandb.Table(columns=["picture", *COLUMNS], data=rows)}, step=step)
+
+
+def _show_in_tensorboard(
+    tracker: Any, step: int, table: Sequence[list], photos: Mapping[str, Image.Image]
+) -> None:
+    import numpy as np
+
+    writer = tracker.tracker
+    for row in table:
+        if row[0] in photos:
+            writer.add_image(f"validation/{row[0]}", np.asarray(photos[row[0]]), step, dataformats="HWC")
+    lines = ["| " + " | ".join(map(_cell, row)) + " |" for row in (COLUMNS, ["---"] * len(COLUMNS), *table)]
+    writer.add_text(CAPTIONS_KEY, "\n".join(lines), global_step=step)
+    writer.flush()
+
+
+def _cell(value: Any) -> str:
+    """Return what may stand in a cell of a Markdown table."""
+    text = f"{value:.3f}" if isinstance(value, float) else "" if value is None else str(value)
+    return text.replace("|", "\\|").replace("\n", " ")
+
+
+_SHOW = {"swanlab": _show_in_swanlab, "wandb": _show_in_wandb, "tensorboard": _show_in_tensorboard}
