@@ -1,4 +1,4 @@
-"""What a run folder tells, read with patience: a run may be unfinished, resumed, without validation, or written to now."""
+"""What a run folder tells, read with patience: the run may be unfinished, resumed, or without validation."""
 
 from __future__ import annotations
 

@@ -137,7 +137,7 @@ def figures(run: RunFolder) -> list[Figure]:
             ends = (
                 f"{each.label} {number(each.values[0], 3)} → {number(each.values[-1], 3)}" for each in shown
             )
-            found.append(Figure(title, Markup(svg), ", ".join(ends)))  # noqa: S704 (made of numbers and our words)
+            found.append(Figure(title, Markup(svg), ", ".join(ends)))
 
     steps, scores = run.steps, run.scores
     losses = [curve("training", steps, "loss"), curve("validation", run.validations, "val_loss")]

@@ -1,9 +1,9 @@
 """Experiment trackers, through accelerate: one run in each, however often the training is started again.
 
 A tracker's run has an id that the run folder keeps. Online, a later start goes on with the run of that id. SwanLab and
-W&B without a server cannot go on with a folder that an earlier process has written: what it wrote moves to `discarded/`,
-and the surviving history is told again from the run folder, under the same id. TensorBoard goes on in its folder, and
-steps that a resume undoes are struck out there.
+W&B without a server cannot go on with a folder that an earlier process wrote: that moves to `discarded/`, and the
+surviving history is told again from the run folder, under the same id. TensorBoard goes on in its folder; steps that a
+resume undoes are struck out there.
 """
 
 from __future__ import annotations
@@ -29,9 +29,9 @@ if TYPE_CHECKING:
 log = get_logger(__name__)
 Tracker = Any  # one of accelerate's trackers; what their base class lacks, all three have: name, tracker, log
 IDS = "tracking.json"
-GENERATIONS = "generations"
+GENERATIONS, BASE = "generations", "base.json"
 PHOTOS_TRACKED = 16  # of one evaluation
-CAPTIONS_KEY = "validation/captions"
+PHOTOS_KEY, CAPTIONS_KEY = "validation/photos", "validation/captions"
 COLUMNS = ("photo", "prompt", "reference", "before training", "now", "CIDEr")
 
 
@@ -177,25 +177,31 @@ def _tell_again(state: TrainState, run: Path, trackers: Sequence[Tracker]) -> No
 
 
 def _generated_steps(run: Path) -> list[int]:
+    """Return the steps after which captions were generated; 0 is the base."""
+    found = [0] if (run / GENERATIONS / BASE).is_file() else []
     names = [path.stem.removeprefix("step-") for path in (run / GENERATIONS).glob("step-*.json")]
-    return sorted(int(name) for name in names if name.isdigit())
+    return found + sorted(int(name) for name in names if name.isdigit())
 
 
-def track_generations(state: TrainState, step: int) -> None:
-    """Send what was generated at `step` (RUN/generations/step-*.json) to the trackers, with its photos. Rank 0 acts."""
+def track_generations(state: TrainState) -> None:
+    """Send what was generated after the current step to the trackers, from the run folder. Every rank may call it."""
     if state.topology.is_main and state.accelerator.trackers:
-        _track_generations(state, Path(state.recipe.train.output_dir), step, state.accelerator.trackers)
+        run = Path(state.recipe.train.output_dir)
+        _track_generations(state, run, state.progress.step, state.accelerator.trackers)
 
 
 def _track_generations(state: TrainState, run: Path, step: int, trackers: Sequence[Tracker]) -> None:
-    rows = json.loads((run / GENERATIONS / f"step-{step:08d}.json").read_text(encoding="utf-8"))
-    rows = rows[:PHOTOS_TRACKED]
-    base = run / GENERATIONS / "base.json"
-    before = json.loads(base.read_text(encoding="utf-8")) if base.is_file() else []
+    rows = _read_generations(run, f"step-{step:08d}.json" if step else BASE)[:PHOTOS_TRACKED]
+    before = _read_generations(run, BASE) if step else []
     found: dict[str, bytes] = {}
     if state.validation is not None and state.validation.shards.manifest.features is None:
         found = find_pictures(state.validation.shards, [row["key"] for row in rows])
     log_generations(trackers, step, rows, before, found)
+
+
+def _read_generations(run: Path, name: str) -> list[dict[str, Any]]:
+    path = run / GENERATIONS / name
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else []
 
 
 def log_generations(
@@ -243,7 +249,7 @@ def _in_words(row: Sequence[Any]) -> str:
 
 
 def _show_in_swanlab(
-    tracker: Any, step: int, table: Sequence[list], photos: Mapping[str, Image.Image]
+    tracker: Tracker, step: int, table: Sequence[list], photos: Mapping[str, Image.Image]
 ) -> None:
     import swanlab
 
@@ -252,7 +258,7 @@ def _show_in_swanlab(
         for row in table
         if row[0] in photos
     ]
-    values: dict[str, Any] = {"validation/photos": shown} if shown else {}
+    values: dict[str, Any] = {PHOTOS_KEY: shown} if shown else {}
     if tracker.init_kwargs["mode"] == "local":  # whose dashboard knows no tables
         values[CAPTIONS_KEY] = [swanlab.Text(_in_words(row), caption=row[0]) for row in table]
     else:
@@ -260,15 +266,24 @@ def _show_in_swanlab(
     tracker.log(values, step=step)
 
 
-def _show_in_wandb(tracker: Any, step: int, table: Sequence[list], photos: Mapping[str, Image.Image]) -> None:
+def _show_in_wandb(
+    tracker: Tracker, step: int, table: Sequence[list], photos: Mapping[str, Image.Image]
+) -> None:
     import wandb
 
-    rows: list[Any] = [[wandb.Image(photos[row[0]]) if row[0] in photos else None, *row] for row in table]
-    tracker.log({CAPTIONS_KEY: wandb.Table(columns=["picture", *COLUMNS], data=rows)}, step=step)
+    # Pictures inside of a table would be staged in the home folder until the run is synchronised.
+    shown = [
+        wandb.Image(photos[row[0]], caption=_in_words(row), file_type="jpg")
+        for row in table
+        if row[0] in photos
+    ]
+    values: dict[str, Any] = {PHOTOS_KEY: shown} if shown else {}
+    rows: list[Any] = [list(row) for row in table]
+    tracker.log({**values, CAPTIONS_KEY: wandb.Table(columns=list(COLUMNS), data=rows)}, step=step)
 
 
 def _show_in_tensorboard(
-    tracker: Any, step: int, table: Sequence[list], photos: Mapping[str, Image.Image]
+    tracker: Tracker, step: int, table: Sequence[list], photos: Mapping[str, Image.Image]
 ) -> None:
     import numpy as np
 
