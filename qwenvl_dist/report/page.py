@@ -38,7 +38,7 @@ def report_page(run: RunFolder, most_photos: int) -> str:
     environment = Environment(
         autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
-    environment.filters |= {"number": number, "bytes": describe_bytes}
+    environment.filters |= {"number": number, "bytes": describe_bytes, "revision": short_revision}
     template = environment.from_string(TEMPLATE.read_text(encoding="utf-8"))
     return template.render(
         title=run.setting("tracking", "name") or run.path.resolve().name,
@@ -79,6 +79,12 @@ def describe_bytes(count: int) -> str:
         if count >= size:
             return f"{count / size:.3g} {unit}"
     return f"{count} bytes"
+
+
+def short_revision(revision: str) -> str:
+    """Return the beginning of a commit's name, and whether there were changes on top."""
+    commit, dash, dirty = revision.partition("-")
+    return commit[:10] + dash + dirty
 
 
 def status(run: RunFolder) -> str:
