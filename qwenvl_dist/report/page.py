@@ -38,7 +38,13 @@ def report_page(run: RunFolder, most_photos: int) -> str:
     environment = Environment(
         autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
-    environment.filters |= {"number": number, "bytes": describe_bytes, "revision": short_revision}
+    environment.filters |= {
+        "number": number,
+        "score": lambda value: "–" if value is None else f"{value:.3f}",
+        "bytes": describe_bytes,
+        "revision": short_revision,
+        "moment": lambda text: text.replace("T", " ").replace("+00:00", " UTC"),
+    }
     template = environment.from_string(TEMPLATE.read_text(encoding="utf-8"))
     return template.render(
         title=run.setting("tracking", "name") or run.path.resolve().name,
@@ -111,7 +117,7 @@ def tiles(run: RunFolder) -> list[tuple[str, str, str]]:
     ranked = [line for line in run.scores if line.get("CIDEr") is not None]
     if ranked:
         best = max(ranked, key=lambda line: line["CIDEr"])
-        found.append(("best CIDEr", number(best["CIDEr"], 3), f"at step {best['step']}"))
+        found.append(("best CIDEr", f"{best['CIDEr']:.3f}", f"at step {best['step']}"))
     speeds = [line["samples_per_second"] for line in run.steps if line.get("samples_per_second")]
     if speeds:
         found.append(
@@ -180,12 +186,8 @@ def facts(run: RunFolder) -> list[Fact]:
     found: list[tuple[str, Any]] = [("base", get("model", "base"))]
     lora = get("lora")
     if isinstance(lora, dict):
-        found.append(
-            (
-                "adapter",
-                f"LoRA, rank {lora.get('rank')}, alpha {lora.get('alpha')}, dropout {lora.get('dropout')}",
-            )
-        )
+        rank, alpha, dropout = (number(lora.get(key)) for key in ("rank", "alpha", "dropout"))
+        found.append(("adapter", f"LoRA, rank {rank}, alpha {alpha}, dropout {dropout}"))
         found.append(("trained modules", ", ".join(map(str, lora.get("target_modules") or ()))))
     found += [
         ("trained fully", ", ".join(get("model", "train") or ()) or None),

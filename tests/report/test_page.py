@@ -51,8 +51,8 @@ def page(full: Path) -> Page:
 
 def test_a_resumed_unfinished_run_is_told_whole(page: Page) -> None:
     for said in (
-        "made run", "unfinished, step 50 of 60", "best CIDEr 5", "at step 40",
-        "LoRA, rank 8, alpha 16.0, dropout 0.1", "32 samples: 4 × accumulation 4 × 2 ranks", "COCO Yes:",
+        "made run", "unfinished, step 50 of 60", "best CIDEr 5.000", "at step 40",
+        "LoRA, rank 8, alpha 16, dropout 0.1", "32 samples: 4 × accumulation 4 × 2 ranks", "COCO Yes:",
         "2 ranks on 1 host, ZeRO-2, CPU", "Versions", "0.19.8", "marks a step from which the run was resumed",
         "1.23 MB", "damaged: state.pt has 9 bytes instead of 1234567",
     ):  # fmt: skip
