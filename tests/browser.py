@@ -1,14 +1,20 @@
-"""A real browser without a screen, for what people look at: Debian's Chromium, driven by Selenium."""
+"""A real browser without a screen, for what people look at: Debian's Chromium, driven by Selenium.
 
+`python -m tests.browser runs/coco_2b/report.html docs/report.png` makes the picture of a page's beginning.
+"""
+
+import io
 import os
 import shutil
 import subprocess
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
+from PIL import Image
 
 _PROGRAMS = ("chromium", "chromedriver")
 _PACKAGES = ("chromium", "chromium-driver", "fonts-dejavu-core")
@@ -16,6 +22,8 @@ _FLAGS = (
     "--headless", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--no-first-run",
     "--disable-quic", "--disable-background-networking", "--disable-component-update", "--disable-sync",
 )  # fmt: skip
+
+MOST_BYTES = 300 << 10  # of a picture in the repository
 
 
 def require_browser() -> None:
@@ -68,3 +76,20 @@ def complaints(driver: Any) -> list[str]:
     return [
         entry["message"] for entry in driver.get_log("browser") if entry["level"] in ("WARNING", "SEVERE")
     ]
+
+
+def picture(page: Path, out: Path, width: int = 1200, height: int = 2000) -> None:
+    """Write a PNG of the beginning of a page, in few colours where it would be large: it goes into the repository."""
+    with open_browser() as driver:
+        show(driver, page, width)
+        size = {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": False}
+        driver.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
+        driver.execute_script("document.documentElement.style.scrollbarWidth = 'none'")
+        shot = Image.open(io.BytesIO(driver.get_screenshot_as_png())).convert("RGB")
+    shot.save(out, optimize=True)
+    if out.stat().st_size > MOST_BYTES:
+        shot.convert("P", palette=Image.Palette.ADAPTIVE).save(out, optimize=True)
+
+
+if __name__ == "__main__":
+    picture(Path(sys.argv[1]), Path(sys.argv[2]), *map(int, sys.argv[3:]))
