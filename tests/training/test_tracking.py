@@ -7,6 +7,7 @@ import shutil
 import sqlite3
 from collections import defaultdict
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,10 +15,12 @@ import torch
 import yaml
 from PIL import Image
 
+from qwenvl_dist.config import make_recipe
 from qwenvl_dist.data.index import Manifest, index_path, load_shard_index
 from qwenvl_dist.data.pictures import find_pictures
 from qwenvl_dist.data.source import ShardSet
-from qwenvl_dist.training.tracking import log_generations
+from qwenvl_dist.errors import UserError
+from qwenvl_dist.training.tracking import log_generations, start_trackers
 from tests.training.forked import ForkedRanks
 from tests.training.forked import train as train_rank
 from tests.training.runs import read_lines, write_recipe
@@ -267,3 +270,57 @@ def test_swanlabs_dashboard_knows_one_experiment(local: Path) -> None:
     assert [(name, status) for name, _, status in experiments] == [("resumed", 1)]
     assert tags >= LOGGED | {"val_loss", "validation/photos", "validation/captions"}
     assert (local / "swanlab" / experiments[0][1]).is_dir()
+
+
+def state_of(run: Path, mode: str, init_trackers: Any) -> Any:
+    """What starting trackers looks at, of a run that was resumed at step 7."""
+    recipe = make_recipe(
+        {
+            "data": {"train": "shards"},
+            "train": {"output_dir": str(run)},
+            "tracking": {"mode": mode, "trackers": ["swanlab", "wandb", "tensorboard"], "name": "mine"},
+        },
+        "a test",
+    )
+    return SimpleNamespace(
+        recipe=recipe,
+        topology=SimpleNamespace(is_main=True),
+        progress=SimpleNamespace(step=7),
+        identity=SimpleNamespace(samples_per_epoch=40),
+        accelerator=SimpleNamespace(trackers=[], init_trackers=init_trackers),
+    )
+
+
+def test_online_a_later_start_goes_on_with_the_runs_of_the_first(tmp_path: Path) -> None:
+    asked: list[dict[str, Any]] = []
+    state = state_of(tmp_path, "online", lambda project, init_kwargs: asked.append(init_kwargs))
+    (tmp_path / "swanlab").mkdir()
+    for _ in range(2):
+        start_trackers(state, {"prompt": "COCO Yes:"})
+    ids = json.loads((tmp_path / "tracking.json").read_text())
+    first, second = asked
+    assert first == second
+    for name in ("swanlab", "wandb"):
+        options = first[name]
+        assert [options[key] for key in ("mode", "id", "resume", "name")] == [
+            "online",
+            ids[name],
+            "allow",
+            "mine",
+        ]
+    assert first["tensorboard"] == {"purge_step": 8}
+    assert (tmp_path / "swanlab").is_dir()  # only a folder that is told again moves aside
+
+
+def test_online_without_a_key_is_told_in_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from accelerate.tracking import SwanLabTracker
+
+    monkeypatch.delenv("SWANLAB_API_KEY", raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path))
+
+    def init_trackers(project: str, init_kwargs: dict[str, Any]) -> None:
+        SwanLabTracker(project, **init_kwargs["swanlab"]).start()
+
+    with pytest.raises(UserError, match=r"tracking.mode = online: .*no .*; .*use mode offline") as error:
+        start_trackers(state_of(tmp_path, "online", init_trackers), {"prompt": None})
+    assert "\n" not in str(error.value)
