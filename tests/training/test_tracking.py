@@ -316,6 +316,7 @@ def test_online_without_a_key_is_told_in_one_line(tmp_path: Path, monkeypatch: p
     from accelerate.tracking import SwanLabTracker
 
     monkeypatch.delenv("SWANLAB_API_KEY", raising=False)
+    monkeypatch.setenv("SWANLAB_INTERACTIVE", "false")  # it would ask whoever sits at the terminal
     monkeypatch.setenv("HOME", str(tmp_path))
 
     def init_trackers(project: str, init_kwargs: dict[str, Any]) -> None:
