@@ -1,10 +1,8 @@
 """What SwanLab, TensorBoard and W&B hold after a run that was killed and resumed: one run each, told once."""
 
-import contextlib
 import json
 import re
 import shutil
-import sqlite3
 from collections import defaultdict
 from pathlib import Path
 from types import SimpleNamespace
@@ -185,9 +183,9 @@ def test_wandb_offline_holds_one_run_with_every_step_once(resumed: Path) -> None
     history = [{item.key or "/".join(item.nested_key): json.loads(item.value_json) for item in line.item}
                for line in records["history"]]  # fmt: skip
     assert [line["_step"] for line in history if "loss" in line] == [1, 2, 3, 4, 5, 6]
-    assert [line["_step"] for line in history if "validation/captions/nrows" in line] == [3]
+    assert [line["_step"] for line in history if "validation/captions/nrows" in line] == [0, 3]
     assert sum(line.keys() >= LOGGED for line in history) == 6
-    assert len(list((resumed / "wandb").glob("offline-run-*/files/media/images/**/*.jpg"))) == 2
+    assert len(list((resumed / "wandb").glob("offline-run-*/files/media/images/**/*.jpg"))) == 4
     told = {u.key or "/".join(u.nested_key): json.loads(u.value_json)
             for record in records["config"] for u in record.update}  # fmt: skip
     assert {key: told[key] for key in CONFIG} == CONFIG
@@ -243,33 +241,6 @@ def test_each_launch_left_what_it_ran_on(resumed: Path) -> None:
     )
     assert second["versions"].keys() >= {"python", "torch", "deepspeed", "peft"}
     assert second["git_revision"] is None or len(second["git_revision"].removesuffix("-dirty")) == 40
-
-
-@pytest.fixture(scope="module")
-def local(
-    tmp_path_factory: pytest.TempPathFactory,
-    scenes_base: Path,
-    scene_shards: Path,
-    scene_validation_shards: Path,
-) -> Path:
-    """A run told to SwanLab's own dashboard."""
-    pytest.importorskip(
-        "swanboard", reason="SwanLab's dashboard is not installed: pip install 'swanlab[dashboard]'"
-    )
-    tmp = tmp_path_factory.mktemp("local")
-    overrides = ("tracking.mode=local", "tracking.trackers=[swanlab]")
-    return killed_after_step_4_and_resumed(
-        tmp, scenes_base, scene_shards, scene_validation_shards, 1, *overrides
-    )
-
-
-def test_swanlabs_dashboard_knows_one_experiment(local: Path) -> None:
-    with contextlib.closing(sqlite3.connect(local / "swanlab" / "runs.swanlab")) as database:
-        experiments = database.execute("select name, run_id, status from experiment").fetchall()
-        tags = {name for (name,) in database.execute("select name from tag")}
-    assert [(name, status) for name, _, status in experiments] == [("resumed", 1)]
-    assert tags >= LOGGED | {"val_loss", "validation/photos", "validation/captions"}
-    assert (local / "swanlab" / experiments[0][1]).is_dir()
 
 
 def state_of(run: Path, mode: str, init_trackers: Any) -> Any:
