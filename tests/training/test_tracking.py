@@ -18,7 +18,8 @@ from qwenvl_dist.data.index import Manifest, index_path, load_shard_index
 from qwenvl_dist.data.pictures import find_pictures
 from qwenvl_dist.data.source import ShardSet
 from qwenvl_dist.errors import UserError
-from qwenvl_dist.training.tracking import log_generations, start_trackers
+from qwenvl_dist.training.tracked_photos import log_generations
+from qwenvl_dist.training.tracking import start_trackers
 from tests.training.forked import ForkedRanks
 from tests.training.forked import train as train_rank
 from tests.training.runs import read_lines, write_recipe
