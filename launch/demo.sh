@@ -27,6 +27,8 @@ say "4/5 describe pictures that training never saw, before and after"
 qwenvl-dist evaluate launch/demo_base --adapter "$work/adapter" --shards "$work/shards/validation" \
   --out "$work/evaluation" --max-new-tokens 24 --json | tail -n 1 >"$work/evaluation.json"
 
+qwenvl-dist report "$work/run" --out "$work/report.html"
+
 say "5/5 did it learn?"
 python - "$work" <<'PY'
 import json, sys
@@ -37,6 +39,7 @@ numbers = json.loads((work / "evaluation.json").read_text())
 before, after = numbers["exact_match_before"], numbers["exact_match"]
 print(f"captions equal to the reference: {before:.0%} before, {after:.0%} after, of {numbers['n']} unseen pictures")
 print(f"side by side, with pictures: {work}/evaluation/comparison.html   merged model: {work}/merged")
+print(f"the run, with curves: {work}/report.html")
 if after < before + 0.5:
     sys.exit("demo failed: the captions did not clearly improve")
 PY

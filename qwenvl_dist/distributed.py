@@ -247,7 +247,7 @@ def start(recipe: Recipe, startup: StartUp | None = None) -> Accelerator:
     import deepspeed  # noqa: F401  (accelerate would import it while it joins)
     import torch
     from accelerate import Accelerator, DeepSpeedPlugin
-    from accelerate.utils import DistributedType, InitProcessGroupKwargs
+    from accelerate.utils import DistributedType, InitProcessGroupKwargs, ProjectConfiguration
 
     startup.mark("imports")
     if config["zero_optimization"]["stage"] == 3 and not torch.cuda.is_available():
@@ -269,7 +269,9 @@ def start(recipe: Recipe, startup: StartUp | None = None) -> Accelerator:
             kwargs_handlers=[process_group],
             step_scheduler_with_optimizer=False,
             log_with=list(recipe.tracking.trackers) if recipe.tracking.mode != "disabled" else None,
-            project_dir=recipe.train.output_dir,
+            project_config=ProjectConfiguration(
+                project_dir=recipe.train.output_dir, logging_dir=f"{recipe.train.output_dir}/tensorboard"
+            ),
         )
     except torch.distributed.DistError as error:
         address = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"

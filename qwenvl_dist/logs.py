@@ -42,8 +42,16 @@ def get_logger(name: str) -> logging.Logger:
     return logging.getLogger(name if name.split(".")[0] == ROOT else f"{ROOT}.{name}")
 
 
+def describe_seconds(seconds: float) -> str:
+    """Return h:mm:ss."""
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes // 60}:{minutes % 60:02d}:{rest:02d}"
+
+
 class progress:  # noqa: N801
-    """Show how far a piece of work is: a bar on a terminal, else a plain line every 10 s and one at the end.
+    """Show how far a piece of work is, how fast it goes and how long it will take.
+
+    A bar on a terminal, else a plain line every 10 s and one at the end.
 
     Used as a context manager with `advance(n)`; given an iterable it can be looped over instead, one
     step an item. Only rank 0 prints. `total` may be None when it is not known.
@@ -69,12 +77,14 @@ class progress:  # noqa: N801
                 rich_progress.TextColumn("{task.description}"),
                 rich_progress.BarColumn(),
                 rich_progress.MofNCompleteColumn(),
+                rich_progress.TextColumn("{task.fields[rate]}"),
                 rich_progress.TimeElapsedColumn(),
+                rich_progress.TextColumn("left"),
                 rich_progress.TimeRemainingColumn(),
-                console=_console(),
+                console=console(),
                 auto_refresh=False,  # no thread beside us: the work may fork
             )
-            bar.add_task(self.description, total=self.total)
+            bar.add_task(self.description, total=self.total, rate="")
             bar.start()
             self._bar = bar
         return self
@@ -86,7 +96,7 @@ class progress:  # noqa: N801
         if self._bar is not None:
             self._bar.update(self._bar.task_ids[0], advance=n)
             if now - self._last_line > 0.1:
-                self._bar.refresh()
+                self._bar.update(self._bar.task_ids[0], rate=f"{self._rate(now):.1f}/s", refresh=True)
                 self._last_line = now
         elif now - self._last_line >= PLAIN_LINE_EVERY_SECONDS:
             self._last_line = now
@@ -95,7 +105,8 @@ class progress:  # noqa: N801
     def __exit__(self, *exc_info: object) -> None:
         """Leave the last state on the screen."""
         if self._bar is not None:
-            self._bar.refresh()
+            rate = self._rate(time.monotonic())
+            self._bar.update(self._bar.task_ids[0], rate=f"{rate:.1f}/s", refresh=True)
             self._bar.stop()
         else:
             self._print_line(time.monotonic())
@@ -108,13 +119,21 @@ class progress:  # noqa: N801
                 yield item
                 self.advance()
 
+    def _rate(self, now: float) -> float:
+        """Return the items done per second so far."""
+        return self.done / max(now - self._started, 1e-9)
+
     def _print_line(self, now: float) -> None:
         if rank() != 0:
             return
-        seconds = now - self._started
+        rate = self._rate(now)
         of = "" if self.total is None else f"/{self.total}"
-        rate = f", {self.done / seconds:.1f}/s" if seconds > 0 else ""
-        print(f"{self.description}: {self.done}{of} in {seconds:.1f} s{rate}", file=sys.stderr, flush=True)
+        left = ""
+        if self.total is not None and 0 < self.done < self.total:
+            left = f", left {describe_seconds((self.total - self.done) / rate)}"
+        seconds = now - self._started
+        line = f"{self.description}: {self.done}{of} in {seconds:.1f} s, {rate:.1f}/s{left}"
+        print(line, file=sys.stderr, flush=True)
 
 
 class _RankHandler(logging.Handler):
@@ -133,7 +152,7 @@ class _RankHandler(logging.Handler):
             if record.exc_info:
                 line += "\n" + (self.formatter or logging.Formatter()).formatException(record.exc_info)
             if sys.stderr.isatty():
-                _console().print(line, markup=False, highlight=False, soft_wrap=True)
+                console().print(line, markup=False, highlight=False, soft_wrap=True)
             else:
                 print(line, file=sys.stderr, flush=True)
         except Exception:
@@ -141,7 +160,8 @@ class _RankHandler(logging.Handler):
 
 
 @cache
-def _console() -> Console:
+def console() -> Console:
+    """Return the terminal on stderr; what is printed through it stands above a bar or table that is shown."""
     from rich.console import Console
 
     return Console(stderr=True)

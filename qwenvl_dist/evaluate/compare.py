@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import base64
-import io
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from qwenvl_dist.data.images import decode
+from qwenvl_dist.data.pictures import picture_uri
 
 if TYPE_CHECKING:
     from rich.table import Table
 
-THUMBNAIL_SIDE = 480  # pixels; shown at half of it, for dense screens
 TEMPLATE = Path(__file__).parent / "templates" / "comparison.html.j2"
 
 
@@ -78,17 +75,6 @@ def comparison_table(rows: Sequence[Comparison], title: str = "") -> Table:
         cells.append(Text(_printable(row.after), style="green" if row.after_matches else ""))
         table.add_row(*cells)
     return table
-
-
-def picture_uri(data: bytes) -> str:
-    """Return a small JPEG of a picture as a data URI. Raises UnreadableImage."""
-    from PIL import Image
-
-    image = Image.fromarray(decode(data))
-    image.thumbnail((THUMBNAIL_SIDE, THUMBNAIL_SIDE), Image.Resampling.LANCZOS)
-    buffer = io.BytesIO()
-    image.save(buffer, "JPEG", quality=85)
-    return "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode("ascii")
 
 
 def comparison_page(

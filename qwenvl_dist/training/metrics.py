@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import resource
 import socket
-import sys
 import time
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
@@ -13,9 +12,11 @@ from typing import TYPE_CHECKING, Any, Self
 
 import torch
 
-from qwenvl_dist.logs import get_logger, progress
+from qwenvl_dist.logs import describe_seconds, get_logger
+from qwenvl_dist.training.display import TrainDisplay, number_cells
 from qwenvl_dist.training.mfu import usable_peak, work_of
 from qwenvl_dist.training.pace import Laggard, laggard, spread
+from qwenvl_dist.training.tracking import plain_metrics
 
 if TYPE_CHECKING:
     from qwenvl_dist.data.batch import CaptionBatch
@@ -33,18 +34,13 @@ def peak_memory_gib() -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 2**30
 
 
-def describe_seconds(seconds: float) -> str:
-    """Return h:mm:ss."""
-    minutes, rest = divmod(round(seconds), 60)
-    return f"{minutes // 60}:{minutes % 60:02d}:{rest:02d}"
-
-
 class Metrics:
     """Collects over the steps between two log lines; nothing here waits for the device before a line is due."""
 
     def __init__(self, state: TrainState, history: RunHistory) -> None:
         self.state, self.history = state, history
-        self._bar: progress | None = None
+        left = state.batches.layout.steps(state.total_samples - state.progress.consumed)
+        self._display = TrainDisplay(state.progress.step, state.progress.step + left)
         self._startup: dict[str, float] | None = None  # until it is written
         self._host, self._laggard = socket.gethostname(), -1
         device = state.accelerator.device
@@ -54,18 +50,13 @@ class Metrics:
         self._reset()
 
     def __enter__(self) -> Self:
-        """Show a bar where rank 0 has a terminal; elsewhere the logged lines are enough."""
-        state = self.state
-        if state.topology.is_main and sys.stderr.isatty():
-            left = state.batches.layout.steps(state.total_samples - state.progress.consumed)
-            self._bar = progress(total=state.progress.step + left, description="train").__enter__()
-            self._bar.advance(state.progress.step)
+        """Show a table where rank 0 has a terminal; elsewhere the logged lines are enough."""
+        self._display.__enter__()
         return self
 
     def __exit__(self, *exc_info: object) -> None:
-        """Take the bar away."""
-        if self._bar:
-            self._bar.__exit__(*exc_info)
+        """Leave its last state."""
+        self._display.__exit__(*exc_info)
 
     def _reset(self) -> None:
         self._seconds: dict[str, float] = defaultdict(float)
@@ -89,8 +80,7 @@ class Metrics:
         self._steps += 1
         if self._peak_flops:
             self._flops += sum(work_of(self.state, batch).flops for batch in micro_batches)
-        if self._bar:
-            self._bar.advance()
+        self._display.advance()
 
     def end_startup(self, result: StepResult) -> None:
         """Say how long the launch took, of each part the slowest rank. Collective; waits for the device."""
@@ -139,15 +129,15 @@ class Metrics:
         if self._startup:  # in the first line of a launch
             values["startup_seconds"], self._startup = self._startup, None
         self.history.metrics(values)
-        plain = {k: v for k, v in flat_config(values).items() if k != "step" and v is not None}
-        state.accelerator.log(plain, step=progress.step)
+        state.accelerator.log(plain_metrics(values), step=progress.step)
         left = (state.total_samples - progress.consumed) / max(self._samples / wall, 1e-9)
-        total = progress.step + state.batches.layout.steps(state.total_samples - progress.consumed)
-        log.info(
-            "step %d/%d  epoch %.2f  loss %.4f  lr %.2e  grad %.3f  %.2f samples/s  wait %.0f%%  %.1f GiB  left %s",
-            progress.step, total, values["epoch"], values["loss"], rate, values["grad_norm"] or 0.0,
-            values["samples_per_second"], 100 * values["data_wait_fraction"], peak, describe_seconds(left),
-        )  # fmt: skip
+        cells = number_cells(values)
+        self._display.show(cells, left)
+        if not self._display.is_shown:
+            line = "  ".join(f"{heading} {cell}" for heading, cell in cells.items())
+            log.info(
+                "step %d/%d  %s  left %s", progress.step, self._display.total, line, describe_seconds(left)
+            )
         self._reset()
         return values
 
@@ -175,41 +165,3 @@ class Metrics:
         self.history.metrics({"step": step, "val_loss": val_loss})
         self.state.accelerator.log({"val_loss": val_loss}, step=step)
         log.info("step %d: validation loss %.4f (%.1f s)", step, val_loss, seconds)
-
-
-def flat_config(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Return {"optim/learning_rate": 1e-4, ...}: trackers take only plain values."""
-    flat: dict[str, Any] = {}
-    for key, value in tree.items():
-        if isinstance(value, dict):
-            flat.update(flat_config(value, f"{prefix}{key}/"))
-        else:
-            plain = value is None or isinstance(value, bool | int | float | str)
-            flat[prefix + key] = value if plain else str(value)
-    return flat
-
-
-def start_trackers(state: TrainState) -> None:
-    """Start the recipe's experiment trackers through accelerate."""
-    recipe, tracking = state.recipe, state.recipe.tracking
-    if tracking.mode == "disabled" or not tracking.trackers:
-        return
-    config = {
-        **recipe.to_dict(),
-        "world_size": state.topology.world_size,
-        "zero_stage": state.engine.zero_optimization_stage(),
-        "samples_per_epoch": state.identity.samples_per_epoch,
-    }
-    run = recipe.train.output_dir
-    options: dict[str, Any] = {
-        "swanlab": {"mode": tracking.mode, "logdir": f"{run}/swanlab", "experiment_name": tracking.name},
-        "wandb": {
-            "mode": "online" if tracking.mode == "online" else "offline",
-            "dir": run,
-            "name": tracking.name,
-        },
-    }
-    if tracking.mode == "online":
-        options["swanlab"]["mode"] = "cloud"
-    wanted = {name: value for name, value in options.items() if name in tracking.trackers}
-    state.accelerator.init_trackers(tracking.project, config=flat_config(config), init_kwargs=wanted)

@@ -76,8 +76,15 @@ def set_aside(run: Path, path: Path) -> Path:
     return free
 
 
+# Beside the checkpoints: what belongs to the earlier run alone. The history files are rewound line by line.
+_OF_ONE_RUN = ("launches.jsonl", "tracking.json", "swanlab", "wandb", "tensorboard")
+
+
 def set_aside_earlier_run(run: Path) -> None:
-    """Move an earlier run's checkpoints away, since the recipe says not to resume. Rank 0 only."""
+    """Move an earlier run's files away, since the recipe says not to resume. Rank 0 only."""
+    for name in _OF_ONE_RUN:
+        if (run / name).exists():
+            set_aside(run, run / name)
     if (run / "checkpoints").exists():
         target = set_aside(run, run / "checkpoints")
         log.warning("train.resume=never: moved earlier checkpoints to %s", target)

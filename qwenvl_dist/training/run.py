@@ -27,12 +27,14 @@ from qwenvl_dist.startup import StartUp
 from qwenvl_dist.training.checkpoint import CheckpointError, Checkpoints
 from qwenvl_dist.training.features import check_binding, check_frozen
 from qwenvl_dist.training.history import RunHistory, rewind
+from qwenvl_dist.training.launches import describe_launch, record_launch
 from qwenvl_dist.training.loop import train
-from qwenvl_dist.training.metrics import Metrics, start_trackers
+from qwenvl_dist.training.metrics import Metrics
 from qwenvl_dist.training.optim import make_optimizer
 from qwenvl_dist.training.output_folder import ranks_elsewhere, set_aside_earlier_run
 from qwenvl_dist.training.pace import Pace
 from qwenvl_dist.training.state import DataIdentity, TrainState
+from qwenvl_dist.training.tracking import start_trackers
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -253,7 +255,10 @@ def _run_joined(
     )  # fmt: skip
     history = RunHistory(run, topology.rank, recipe.data.ledger)
     metrics = Metrics(state, history)
-    start_trackers(state)
+    launch = describe_launch(state)
+    if topology.is_main:
+        record_launch(run, launch)
+    start_trackers(state, launch)
     startup.mark("resume")
     log.info("ready after %.1f s", sum(startup.seconds.values()))
     try:

@@ -7,13 +7,12 @@ import pytest
 from PIL import Image
 from rich.console import Console
 
+from qwenvl_dist.data.pictures import THUMBNAIL_SIDE, picture_uri
 from qwenvl_dist.evaluate.compare import (
-    THUMBNAIL_SIDE,
     Comparison,
     comparison_page,
     comparison_table,
     exact_match,
-    picture_uri,
 )
 
 

@@ -1,12 +1,17 @@
 """What a look at the disk tells is told at once, by key, with exit code 2."""
 
+import importlib.util
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
+from qwenvl_dist.config import make_recipe
+from qwenvl_dist.errors import UserError
 from qwenvl_dist.training.history import RunHistory, rewind
+from qwenvl_dist.training.run import check_recipe_paths
 from tests.ranks import ROOT
 
 
@@ -16,8 +21,6 @@ from tests.ranks import ROOT
         ("data.train=nowhere", "data.train: nowhere"),
         ("data.validation=nowhere", "data.validation: nowhere"),
         ("train.resume=nowhere", "train.resume = nowhere: no such folder"),
-        ("tracking.mode=local", "tracking.mode = local: needs swanlab[dashboard]"),
-        ("tracking.trackers=[wandb]", "tracking.trackers: wandb is not installed"),
     ],
 )
 def test_a_path_that_leads_nowhere_is_named(
@@ -33,6 +36,24 @@ def test_a_path_that_leads_nowhere_is_named(
     assert message in done.stderr
     assert "Traceback" not in done.stderr
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("missing", "override", "message"),
+    [
+        ("swanboard", "tracking.mode=local", "tracking.mode = local: needs swanlab[dashboard]"),
+        ("wandb", "tracking.trackers=[wandb]", "tracking.trackers: wandb is not installed"),
+    ],
+)
+def test_a_tracker_that_is_not_installed_is_named(
+    missing: str, override: str, message: str, scene_shards: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    find_spec = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name: None if name == missing else find_spec(name)
+    )
+    with pytest.raises(UserError, match=re.escape(message)):
+        check_recipe_paths(make_recipe({"data": {"train": str(scene_shards)}}, "a test", [override]))
 
 
 def test_rewind_moves_later_lines_and_drops_a_torn_one(tmp_path: Path) -> None:
