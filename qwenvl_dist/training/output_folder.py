@@ -77,7 +77,9 @@ def set_aside(run: Path, path: Path) -> Path:
 
 
 def set_aside_earlier_run(run: Path) -> None:
-    """Move an earlier run's checkpoints away, since the recipe says not to resume. Rank 0 only."""
+    """Move an earlier run's checkpoints and captions away, since the recipe says not to resume. Rank 0 only."""
     if (run / "checkpoints").exists():
         target = set_aside(run, run / "checkpoints")
         log.warning("train.resume=never: moved earlier checkpoints to %s", target)
+    if (run / "generations").exists():
+        set_aside(run, run / "generations")
