@@ -236,6 +236,22 @@ class TrainConfig(_Section):
         return self
 
 
+class EvalConfig(_Section):
+    """Captions of validation photos, generated and scored during training; off unless `every_steps` is set."""
+
+    every_steps: Annotated[int, Field(ge=1)] | None = None  # optimizer steps; the last step too
+    images: Annotated[int, Field(ge=1)] = 64  # samples: the first of data.validation
+    batch_size: Annotated[int, Field(ge=1)] = 8  # samples of one rank that generate at a time
+    max_new_tokens: Annotated[int, Field(ge=1)] = 128
+    # METEOR is left out: its program takes longer to start than all others to score. None at all needs no Java.
+    scores: Annotated[tuple[Literal["Bleu", "METEOR", "ROUGE_L", "CIDEr"], ...], _List] = (
+        "Bleu",
+        "ROUGE_L",
+        "CIDEr",
+    )
+    scored: Literal["first", "whole"] = "first"  # of an answer: its first caption, or the whole text
+
+
 class DeepSpeedSection(_Section):
     """Which ZeRO file, when no launcher names one."""
 
@@ -259,6 +275,7 @@ class Recipe(_Section):
     data: DataConfig = DataConfig()
     optim: OptimConfig = OptimConfig()
     train: TrainConfig = TrainConfig()
+    eval: EvalConfig = EvalConfig()
     deepspeed: DeepSpeedSection = DeepSpeedSection()
     tracking: TrackingConfig = TrackingConfig()
 
@@ -274,6 +291,11 @@ class Recipe(_Section):
     def _consistent(self) -> Recipe:
         if not self.data.train:
             raise ValueError("data.train is missing: name a folder made by `qwenvl-dist shards pack`")
+        if self.eval.every_steps is not None and not self.data.validation:
+            raise ValueError(
+                f"eval.every_steps is {self.eval.every_steps}, but data.validation is missing: name the shards whose "
+                "photos are to be captioned, or drop eval.every_steps"
+            )
         if self.data.captions_mode == "each" and self.model.attention == "flash_attention_2":
             raise ValueError(
                 "data.captions_mode = each needs a mask, which flash_attention_2 does not take; "

@@ -294,6 +294,16 @@ def start(recipe: Recipe, startup: StartUp | None = None) -> Accelerator:
 
 
 @contextmanager
+def host_ranks_or_one(timeout_seconds: float) -> Iterator[HostGroup | OneRank]:
+    """Join the other ranks where a launcher started some, as `host_ranks` does. Collective."""
+    if Topology.from_environment().world_size == 1:
+        yield OneRank()
+        return
+    with host_ranks(timeout_seconds) as host:
+        yield host
+
+
+@contextmanager
 def host_ranks(timeout_seconds: float) -> Iterator[HostGroup]:
     """Join the other ranks without DeepSpeed, for work that is only shared out, and part again. Collective."""
     check_launch(Topology.from_environment())
@@ -305,6 +315,16 @@ def host_ranks(timeout_seconds: float) -> Iterator[HostGroup]:
         yield HostGroup(timeout_seconds)
     finally:
         dist.destroy_process_group()
+
+
+class OneRank:
+    """A HostGroup of nobody else, for which no process group is needed."""
+
+    rank, world_size = 0, 1
+
+    def gather(self, value: Any) -> list[Any]:
+        """Return the one value."""
+        return [value]
 
 
 class HostGroup:

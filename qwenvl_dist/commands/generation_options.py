@@ -13,8 +13,8 @@ from qwenvl_dist.errors import UserError
 
 if TYPE_CHECKING:
     from qwenvl_dist.config import PixelRange
+    from qwenvl_dist.evaluate.captioner import Captioner
     from qwenvl_dist.evaluate.compare import Comparison
-    from qwenvl_dist.evaluate.generate import Captioner
 
 
 def add_to(parser: argparse.ArgumentParser) -> None:
@@ -76,12 +76,12 @@ def parse_image_size(text: str) -> int | PixelRange:
         raise UserError(f"--image-size {text}: {rule}") from None
 
 
-def load(args: argparse.Namespace, **more: Any) -> Captioner:
-    """Load the model that the arguments name."""
-    from qwenvl_dist.evaluate.generate import load_captioner
+def load(args: argparse.Namespace, model: str, adapter: Path | None, **more: Any) -> Captioner:
+    """Load a model as the arguments say."""
+    from qwenvl_dist.evaluate.captioner import load_captioner
 
     size = None if args.image_size is None else parse_image_size(args.image_size)
-    return load_captioner(args.model, args.adapter, dtype=args.dtype, image_size=size, **more)
+    return load_captioner(model, adapter, dtype=args.dtype, image_size=size, **more)
 
 
 def say(text: str, as_json: bool) -> None:
@@ -105,4 +105,5 @@ def print_numbers(numbers: dict[str, Any], as_json: bool) -> None:
         print(json.dumps(numbers))
         return
     for name, value in numbers.items():
-        print(f"{name}: {value:.4f}" if isinstance(value, float) else f"{name}: {value}")
+        if not isinstance(value, list):
+            print(f"{name}: {value:.4f}" if isinstance(value, float) else f"{name}: {value}")

@@ -115,6 +115,12 @@ class EpochOrder:
         return self._shards[window * self._window : (window + 1) * self._window]
 
 
+def first_samples(shard_sizes: Sequence[int] | Int64, limit: int | None) -> Int64:
+    """Return the sizes of shards of which only the first `limit` samples over all are looked at; None for all."""
+    sizes = np.asarray(shard_sizes, np.int64)
+    return sizes if limit is None else np.clip(limit - (np.cumsum(sizes) - sizes), 0, sizes)
+
+
 @dataclass(frozen=True)
 class Place:
     """Where the sample of one position lies."""

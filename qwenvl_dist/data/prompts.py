@@ -37,6 +37,7 @@ class Asked:
     key: str
     image_id: int | str
     reference: str
+    prompt: str = ""  # the text of the last question
 
 
 @dataclass(frozen=True)
@@ -77,7 +78,12 @@ def split_last_answer(messages: list[dict[str, Any]]) -> tuple[list[dict[str, An
     last = max((n for n, message in enumerate(messages) if message["role"] == "assistant"), default=None)
     if last is None:
         raise ValueError("no message of the assistant to compare with")
-    return messages[:last], "".join(part.get("text", "") for part in messages[last]["content"])
+    return messages[:last], text_of(messages[last : last + 1])
+
+
+def text_of(messages: Sequence[dict[str, Any]]) -> str:
+    """Return the texts of messages, one after another, without their pictures."""
+    return "".join(part.get("text", "") for message in messages for part in message["content"])
 
 
 class PromptEncoder:
@@ -101,7 +107,7 @@ class PromptEncoder:
         record = parse_sample_json(raw.json, len(raw.images))
         messages, reference = split_last_answer(record["messages"])
         image_id = record.get("image_id")
-        asked = Asked(raw.key, raw.key if image_id is None else image_id, reference)
+        asked = Asked(raw.key, raw.key if image_id is None else image_id, reference, text_of(messages[-1:]))
         return self.prompt(messages, raw.images, asked)
 
     def __call__(self, sample: PlannedSample) -> Prompt:

@@ -23,6 +23,7 @@ class Comparison:
     after: str
     before: str | None = None
     reference: str | None = None
+    merged: str | None = None  # what a model says that was merged beside
 
     @property
     def after_matches(self) -> bool:
@@ -60,12 +61,15 @@ def comparison_table(rows: Sequence[Comparison], title: str = "") -> Table:
 
     has_reference = any(row.reference is not None for row in rows)
     has_before = any(row.before is not None for row in rows)
+    has_merged = any(row.merged is not None for row in rows)
     table = Table(title=Text(title) if title else None, show_lines=True)
     table.add_column("picture", overflow="fold")
     for heading, shown in (("reference", has_reference), ("before", has_before)):
         if shown:
             table.add_column(heading, overflow="fold")
     table.add_column("after" if has_before else "caption", overflow="fold")
+    if has_merged:
+        table.add_column("merged", overflow="fold")
     for row in rows:
         cells = [Text(_printable(row.name))]
         if has_reference:
@@ -73,6 +77,8 @@ def comparison_table(rows: Sequence[Comparison], title: str = "") -> Table:
         if has_before:
             cells.append(Text(_printable(row.before or ""), style="green" if row.before_matches else ""))
         cells.append(Text(_printable(row.after), style="green" if row.after_matches else ""))
+        if has_merged:
+            cells.append(Text(_printable(row.merged or "")))
         table.add_row(*cells)
     return table
 

@@ -1,4 +1,4 @@
-"""The loss over packed shards: the same number as a validation pass in training, in one process."""
+"""The loss over packed shards: the same number as a validation pass in training."""
 
 from __future__ import annotations
 
@@ -10,14 +10,18 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from qwenvl_dist.data.stream import CaptionStream
+    from qwenvl_dist.distributed import HostGroup, OneRank
     from qwenvl_dist.model.forward import Qwen2VLForCaptionLoss
 
 
 @torch.inference_mode()
 def mean_token_loss(
-    model: Qwen2VLForCaptionLoss, stream: CaptionStream, advance: Callable[[int], None] = lambda n: None
+    model: Qwen2VLForCaptionLoss,
+    stream: CaptionStream,
+    host: HostGroup | OneRank,
+    advance: Callable[[int], None] = lambda n: None,
 ) -> float:
-    """Return the mean loss over all target tokens of the stream; NaN when there is none."""
+    """Return the mean loss over all target tokens of all ranks' streams; NaN when there is none. Collective."""
     device = next(model.parameters()).device
     total = torch.zeros((), dtype=torch.float64, device=device)
     tokens = 0
@@ -26,4 +30,6 @@ def mean_token_loss(
             total += model(batch=batch.to(device))
             tokens += batch.target_tokens
             advance(len(batch.keys) + len(batch.bad))
-    return total.item() / tokens if tokens else float("nan")
+    parts = host.gather((total.item(), tokens))
+    count = sum(tokens for _, tokens in parts)
+    return sum(total for total, _ in parts) / count if count else float("nan")

@@ -8,7 +8,8 @@ chunked loss, the last layer's spared rows and the cheaper dropout.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator, Sequence
 from functools import lru_cache
 from typing import Any
 
@@ -49,10 +50,8 @@ def install(model: Any, partitioned: bool) -> None:
     if frozen and not adapted and not partitioned:
         visual.__class__ = FrozenTower
     if all(_is_fusable(layer) for layer in language.layers):
+        _set_classes(language, FusedDecoderLayer, FusedAttention, FusedMlp)
         for layer in language.layers:
-            layer.__class__ = FusedDecoderLayer
-            layer.self_attn.__class__ = FusedAttention
-            layer.mlp.__class__ = FusedMlp
             for module in (layer, layer.self_attn, layer.mlp):
                 module.calls_modules = partitioned
             for projection in _projections(layer):
@@ -69,6 +68,40 @@ def _exchange_dropout(projection: Any) -> None:
 def is_fused(language: Any) -> bool:
     """Whether the decoder's layers were exchanged."""
     return isinstance(language.layers[0], FusedDecoderLayer)
+
+
+@contextlib.contextmanager
+def generating(model: Any) -> Iterator[None]:
+    """Let a model in training generate: layers that take a cache and a mask, and no dropout. It trains on afterwards.
+
+    The exchanged layers of the decoder know neither; tower and head call transformers' forward where they are used
+    without a CaptionBatch. FlexAttention would compile a kernel for each length.
+    """
+    language = model.model.language_model
+    fused = is_fused(language)
+    attention, training = language.config._attn_implementation, model.training
+    model.eval()
+    if attention == "flex_attention":
+        language.config._attn_implementation = "sdpa"
+    if fused:
+        _set_classes(language, Qwen2VLDecoderLayer, Qwen2VLAttention, Qwen2MLP)
+    try:
+        yield
+    finally:
+        if fused:
+            _set_classes(language, FusedDecoderLayer, FusedAttention, FusedMlp)
+        language.config._attn_implementation = attention
+        model.train(training)
+        model.model.rope_deltas = None  # of the last batch
+
+
+def _set_classes(language: Any, layer_class: type, attention_class: type, mlp_class: type) -> None:
+    for layer in language.layers:
+        layer.__class__, layer.self_attn.__class__, layer.mlp.__class__ = (
+            layer_class,
+            attention_class,
+            mlp_class,
+        )
 
 
 # --- the decoder ---

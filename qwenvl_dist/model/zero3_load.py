@@ -85,9 +85,11 @@ def load_partitioned(folder: Path, dtype: torch.dtype, attention: str) -> Qwen2V
 
 
 def _build(folder: Path, dtype: torch.dtype, attention: str) -> Qwen2VLForCaptionLoss:
+    from transformers import GenerationConfig
     from transformers.initialization import no_init_weights
     from transformers.integrations.deepspeed import deepspeed_config, prevent_arange_dtype_change
     from transformers.modeling_utils import set_zero3_state
+    from transformers.utils import GENERATION_CONFIG_NAME
 
     from qwenvl_dist.model.forward import Qwen2VLForCaptionLoss
 
@@ -101,6 +103,8 @@ def _build(folder: Path, dtype: torch.dtype, attention: str) -> Qwen2VLForCaptio
         model = Qwen2VLForCaptionLoss._from_config(config, dtype=dtype, attn_implementation=attention)
     assert model.dtype == dtype, f"DeepSpeed's configuration made it {model.dtype}, not {dtype}"
     model.tie_weights()
+    if (folder / GENERATION_CONFIG_NAME).is_file():  # where answers end, as from_pretrained reads it
+        model.generation_config = GenerationConfig.from_pretrained(folder)
     return model.eval()
 
 

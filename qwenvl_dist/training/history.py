@@ -91,11 +91,16 @@ class RunHistory:
 
 
 def rewind(run: Path, step: int) -> int:
-    """Move the lines of steps after `step` to `discarded/`; return how many. Rank 0 only, before files are opened.
+    """Move lines and generations of steps after `step` to `discarded/`; return how many lines.
 
-    A torn last line (the writer was killed) is dropped.
+    Rank 0 only, before files are opened. A torn last line (the writer was killed) is dropped.
     """
     moved = 0
+    for path in sorted((run / "generations").glob("step-*.json")):
+        if int(path.stem.removeprefix("step-")) > step:
+            target = run / "discarded" / path.relative_to(run)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            path.replace(target)
     files = [run / "metrics.jsonl", run / "bad_samples.jsonl", *sorted((run / "ledger").glob("rank-*.jsonl"))]
     for path in files:
         if not path.is_file():

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
     from qwenvl_dist.data.batch import CaptionBatch
     from qwenvl_dist.training.checkpoint import Checkpoints
+    from qwenvl_dist.training.generations import Generations
     from qwenvl_dist.training.history import RunHistory
     from qwenvl_dist.training.metrics import Metrics
     from qwenvl_dist.training.state import TrainState
@@ -26,7 +27,12 @@ CENSUS_STEPS = 2
 
 
 def train(
-    state: TrainState, checkpoints: Checkpoints, metrics: Metrics, history: RunHistory, stop: StopSignal
+    state: TrainState,
+    checkpoints: Checkpoints,
+    metrics: Metrics,
+    history: RunHistory,
+    stop: StopSignal,
+    generations: Generations | None = None,
 ) -> None:
     """Run optimizer steps until the plan ends. Collective: every rank makes the same calls in the same order.
 
@@ -38,6 +44,8 @@ def train(
     steps = state.batches.iterate(progress.consumed)
     result: StepResult | None = None
     state.engine.train()
+    if generations:
+        generations.write_base(metrics)
     while not state.finished:
         with metrics.timer("data_seconds"):
             micro_batches = next(steps)
@@ -65,6 +73,8 @@ def train(
             require_finite(state, result)
             history.sync()
             checkpoints.save(val_loss)
+        if generations and (due(progress.step, generations.every_steps) or state.finished):
+            generations.write(metrics)
     checkpoints.wait()
 
 

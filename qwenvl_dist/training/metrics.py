@@ -165,3 +165,12 @@ class Metrics:
         self.history.metrics({"step": step, "val_loss": val_loss})
         self.state.accelerator.log({"val_loss": val_loss}, step=step)
         log.info("step %d: validation loss %.4f (%.1f s)", step, val_loss, seconds)
+
+    def log_generations(self, values: dict[str, float], num_images: int) -> None:
+        """Write one line about captions that were generated: their scores, and how fast they came."""
+        step = self.state.progress.step
+        self.history.metrics({"step": step, **values})
+        self.state.accelerator.log(values, step=step)
+        scores = "  ".join(f"{k} {v:.3f}" for k, v in values.items() if k != "generated_per_second")
+        rate = values["generated_per_second"]
+        log.info("step %d: %d captions, %.2f a second  %s", step, num_images, rate, scores)

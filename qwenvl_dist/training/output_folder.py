@@ -77,7 +77,7 @@ def set_aside(run: Path, path: Path) -> Path:
 
 
 # Beside the checkpoints: what belongs to the earlier run alone. The history files are rewound line by line.
-_OF_ONE_RUN = ("launches.jsonl", "tracking.json", "swanlab", "wandb", "tensorboard")
+_OF_ONE_RUN = ("generations", "launches.jsonl", "tracking.json", "swanlab", "wandb", "tensorboard")
 
 
 def set_aside_earlier_run(run: Path) -> None:

@@ -23,9 +23,11 @@ from qwenvl_dist.model.fast_path import install as install_fast_path
 from qwenvl_dist.model.load import load_model, load_processor, resolve_base
 from qwenvl_dist.model.lora import make_trainable, set_activation_checkpointing, trainable_parameters
 from qwenvl_dist.model.pixels import PixelSettings
+from qwenvl_dist.scores.coco import missing_java
 from qwenvl_dist.startup import StartUp
 from qwenvl_dist.training.checkpoint import CheckpointError, Checkpoints
 from qwenvl_dist.training.features import check_binding, check_frozen
+from qwenvl_dist.training.generations import open_generations
 from qwenvl_dist.training.history import RunHistory, rewind
 from qwenvl_dist.training.launches import describe_launch, record_launch
 from qwenvl_dist.training.loop import train
@@ -185,6 +187,8 @@ def check_recipe_paths(recipe: Recipe) -> None:
                 raise UserError(f"data.{key}: {error}") from error
     if recipe.data.cache_dir:
         ShardCache(Path(recipe.data.cache_dir), 0).prepare()
+    if recipe.eval.every_steps is not None:
+        _check_generations(recipe)
     resume = recipe.train.resume
     if resume not in ("auto", "never") and not Path(resume).is_dir():
         raise UserError(f"train.resume = {resume}: no such folder; name a step folder, or use auto or never")
@@ -199,6 +203,17 @@ def check_recipe_paths(recipe: Recipe) -> None:
     local_swanlab = recipe.tracking.mode == "local" and "swanlab" in recipe.tracking.trackers
     if local_swanlab and importlib.util.find_spec("swanboard") is None:
         raise UserError("tracking.mode = local: needs swanlab[dashboard]; install it, or use mode offline")
+
+
+def _check_generations(recipe: Recipe) -> None:
+    assert recipe.data.validation, "the recipe demands it with eval.every_steps"
+    try:
+        open_shards(recipe.data, recipe.data.validation).require_pictures()
+    except UserError as error:
+        raise UserError(f"eval.every_steps: data.validation = {error}, or drop eval.every_steps") from None
+    missing = missing_java() if recipe.eval.scores and Topology.from_environment().is_main else None
+    if missing:  # rank 0 scores
+        raise UserError(f"eval.scores: {missing}; or set eval.scores=[] for captions without scores")
 
 
 def run_training(recipe: Recipe, stop: StopSignal, guard: Guard | None = None) -> None:
@@ -253,6 +268,7 @@ def _run_joined(
         topology.world_size, state.engine.zero_optimization_stage(), layout.global_batch_size,
         layout.world_size, layout.micro_batch_size, layout.grad_accum_steps,
     )  # fmt: skip
+    generations = open_generations(state)
     history = RunHistory(run, topology.rank, recipe.data.ledger)
     metrics = Metrics(state, history)
     launch = describe_launch(state)
@@ -267,7 +283,7 @@ def _run_joined(
             log.info("nothing to do: step %d is the last; raise %s to go on", state.progress.step, limit)
         else:
             with metrics:
-                train(state, checkpoints, metrics, history, stop)
+                train(state, checkpoints, metrics, history, stop, generations)
             log.info("finished: step %d, checkpoints in %s", state.progress.step, checkpoints.folder)
     except CheckFailed:
         with contextlib.suppress(CheckpointError):

@@ -14,12 +14,18 @@ from qwenvl_dist.__main__ import main
 from qwenvl_dist.data.formats import ImageRef, Sample, caption_messages
 from qwenvl_dist.data.index import Manifest, load_shard_index
 from qwenvl_dist.data.pack import pack
-from qwenvl_dist.evaluate.compare import exact_match
-from qwenvl_dist.evaluate.generate import load_captioner
-from qwenvl_dist.evaluate.run import ShardEvaluation, evaluate
+from qwenvl_dist.evaluate.captioner import Captioner, load_captioner
+from qwenvl_dist.evaluate.compare import Comparison, exact_match
+from qwenvl_dist.evaluate.run import Scoring, ShardEvaluation, evaluate, models_to_compare
+from qwenvl_dist.merge.merge import merge
+from qwenvl_dist.merge.trained import read_trained
+from qwenvl_dist.model.base_folder import BaseFolder
+from tests.http_server import FileServer
+from tests.training.forked import ForkedRanks
 
 PROMPT = "COCO Yes:"
-SHORT = ("--max-new-tokens", "8", "--batch-size", "4")
+SHORT_ANSWERS = ("--max-new-tokens", "8", "--batch-size", "4")
+SHORT = (*SHORT_ANSWERS, "--scores", "none")
 
 
 def library_loss(model: Any, base: Path, pictures: list[Path], references: list[str]) -> float:
@@ -46,6 +52,30 @@ def library_model(base: Path) -> Any:
     return Qwen2VLForConditionalGeneration.from_pretrained(base, dtype=torch.float32)
 
 
+def measure(
+    model: Path,
+    shards: Path,
+    out: Path,
+    *,
+    adapter: Path | None = None,
+    batch_size: int = 4,
+    new_tokens: int = 8,
+) -> tuple[dict[str, Any], list[Comparison]]:
+    """Evaluate without scores."""
+
+    def load(name: str, adapter: Path | None) -> Captioner:
+        return load_captioner(name, adapter)
+
+    return evaluate(
+        ShardEvaluation(shards, limit=None, batch_size=batch_size),
+        models_to_compare(load, str(model), adapter),
+        out,
+        title="",
+        max_new_tokens=new_tokens,
+        scoring=Scoring(kinds=()),
+    )
+
+
 def output(capsys: pytest.CaptureFixture[str]) -> dict[str, Any]:
     return json.loads(capsys.readouterr().out.splitlines()[-1])
 
@@ -66,8 +96,7 @@ def test_loss_is_that_of_the_library(
 ) -> None:
     from peft import PeftModel
 
-    options: Any = {"title": "", "limit": None, "batch_size": 3, "max_new_tokens": 2}
-    numbers, _ = evaluate(load_captioner(str(base), adapter), shards, tmp_path, **options)
+    numbers, _ = measure(base, shards, tmp_path, adapter=adapter, batch_size=3, new_tokens=2)
     before = library_loss(library_model(base), base, pictures, references)
     tuned = PeftModel.from_pretrained(library_model(base), str(adapter)).eval()
     after = library_loss(tuned, base, pictures, references)
@@ -79,18 +108,18 @@ def test_loss_is_that_of_the_library(
 @pytest.mark.parametrize("batch_size", [1, 2, 16])
 def test_loss_and_captions_do_not_depend_on_the_batch_size(base: Path, shards: Path, batch_size: int) -> None:
     captioner = load_captioner(str(base))
-    ours = ShardEvaluation(captioner, shards, limit=None, batch_size=batch_size)
-    other = ShardEvaluation(captioner, shards, limit=None, batch_size=3)
-    assert ours.loss("") == pytest.approx(other.loss(""), rel=1e-6)
-    assert ours.answers(8) == other.answers(8)
+    ours = ShardEvaluation(shards, limit=None, batch_size=batch_size)
+    other = ShardEvaluation(shards, limit=None, batch_size=3)
+    assert ours.loss(captioner, "") == pytest.approx(other.loss(captioner, ""), rel=1e-6)
+    assert ours.answers(captioner, 8).said == other.answers(captioner, 8).said
 
 
 def test_workers_give_the_same_samples_in_the_same_order(base: Path, shards: Path) -> None:
     captioner = load_captioner(str(base))
-    alone = ShardEvaluation(captioner, shards, limit=None, batch_size=2)
-    helped = ShardEvaluation(captioner, shards, limit=None, batch_size=2, workers=2)
-    assert helped.answers(4) == alone.answers(4)
-    assert [answer.asked.key for answer in alone.answers(4)] == [f"sample{n}" for n in range(7)]
+    alone = ShardEvaluation(shards, limit=None, batch_size=2).answers(captioner, 4)
+    helped = ShardEvaluation(shards, limit=None, batch_size=2, workers=2).answers(captioner, 4)
+    assert helped.said == alone.said
+    assert [asked.key for asked, _ in alone.said] == [f"sample{n}" for n in range(7)]
 
 
 def test_evaluate_with_an_adapter_writes_both_predictions_and_a_page(
@@ -100,8 +129,9 @@ def test_evaluate_with_an_adapter_writes_both_predictions_and_a_page(
     arguments = ["evaluate", str(base), "--shards", str(shards), "--out", str(out), "--json", *SHORT]
     assert main([*arguments, "--adapter", str(adapter)]) == 0
     numbers = output(capsys)
-    expected = {"n", "loss", "loss_before", "exact_match", "exact_match_before", "bad_samples", "seconds"}
-    assert set(numbers) == expected and (numbers["n"], numbers["bad_samples"]) == (7, 0)
+    alone = {"n", "images", "loss", "exact_match", "captions_per_second", "bad_samples", "seconds"}
+    before = {"loss_before", "exact_match_before", "captions_per_second_before"}
+    assert set(numbers) == alone | before and (numbers["n"], numbers["bad_samples"]) == (7, 0)
     assert json.loads((out / "evaluation.json").read_text()) == numbers
     after, before = (json.loads((out / f"predictions{end}.json").read_text()) for end in ("", "_base"))
     for predictions, key in ((after, "exact_match"), (before, "exact_match_before")):
@@ -113,18 +143,74 @@ def test_evaluate_with_an_adapter_writes_both_predictions_and_a_page(
     assert page.count("data:image/jpeg;base64,") == 7 and all(reference in page for reference in references)
 
     assert main(arguments) == 0  # again without the adapter: nothing of the other model stays
-    assert set(output(capsys)) == expected - {"loss_before", "exact_match_before"}
+    assert set(output(capsys)) == alone
     assert json.loads((out / "predictions.json").read_text()) == before
     assert not (out / "predictions_base.json").exists()
     assert sorted(path.name for path in out.iterdir()) == [
-        "comparison.html", "evaluation.json", "predictions.json"
+        "captions.json", "comparison.html", "evaluation.json", "predictions.json"
     ]  # fmt: skip
+
+
+def on_two_ranks(arguments: list[str]) -> None:
+    """One rank of two: what the command does."""
+    assert main(arguments) == 0
+
+
+@pytest.mark.dist
+@pytest.mark.skipif(shutil.which("java") is None, reason="no Java here")
+def test_two_ranks_compare_base_adapter_and_merged_as_one_does(
+    base: Path, adapter: Path, shards: Path, tmp_path: Path, capsys: Any
+) -> None:
+    merge(read_trained(adapter), BaseFolder(base), tmp_path / "merged", dtype="float32")
+    arguments = [
+        "evaluate", str(base), "--adapter", str(adapter), "--merged", str(tmp_path / "merged"), "--shards", str(shards),
+        "--scores", "Bleu,CIDEr", "--max-new-tokens", "8", "--batch-size", "2", "--json",
+    ]  # fmt: skip
+    ranks = ForkedRanks(on_two_ranks, ([*arguments, "--out", str(tmp_path / "two")],), 2, tmp_path / "log")
+    assert ranks.wait(120) == [0, 0], ranks.said()
+    assert main([*arguments, "--out", str(tmp_path / "one")]) == 0
+    alone = output(capsys)
+    printed = [line for line in ranks.said().splitlines() if line.startswith("{")]
+    together = json.loads(printed[0])
+    assert len(printed) == 1 and set(together) == set(alone)
+    for name, value in alone.items():
+        if name != "seconds" and not name.startswith("captions_per_second"):
+            assert together[name] == (pytest.approx(value) if isinstance(value, float) else value), name
+    for path in sorted((tmp_path / "one").glob("*.json")):
+        if path.name != "evaluation.json":
+            assert (tmp_path / "two" / path.name).read_text() == path.read_text()
+    assert alone["same_captions_merged"] == 1 and alone["loss_merged"] == pytest.approx(alone["loss"])
+    assert alone["loss"] != pytest.approx(alone["loss_before"], rel=1e-3)
+    assert {"Bleu_1", "Bleu_4", "CIDEr", "CIDEr_before", "CIDEr_merged"} <= set(
+        alone
+    ) and "METEOR" not in alone
+    captions = json.loads((tmp_path / "one" / "captions.json").read_text())
+    best = max(captions, key=lambda entry: entry["scores"]["CIDEr"])
+    assert alone["best"][0]["CIDEr"] == best["scores"]["CIDEr"]
+    assert len(alone["best"]) == len(alone["worst"]) == 3
+    assert [entry["merged"]["answer"] for entry in captions] == [entry["answer"] for entry in captions]
+
+
+def test_without_java_captions_are_written_and_the_remedy_named(
+    base: Path, shards: Path, tmp_path: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.delenv("JAVA_HOME", raising=False)
+    out = tmp_path / "out"
+    arguments = ["evaluate", str(base), "--shards", str(shards), "--out", str(out), "--json", *SHORT_ANSWERS]
+    assert main(arguments) == 0
+    captured = capsys.readouterr()
+    assert "no scores, predictions only: caption scores need Java" in captured.err
+    assert "apt-get install openjdk-17-jre-headless" in captured.err
+    assert "CIDEr" not in json.loads(captured.out.splitlines()[-1])
+    assert len(json.loads((out / "predictions.json").read_text())) == 7
+    assert "'CIDER' is none of Bleu" in error_line(capsys, 2, *arguments, "--scores", "CIDER")
+    assert "--merged" in error_line(capsys, 2, *arguments, "--merged", str(tmp_path))
 
 
 def test_exact_match_counts_captions_that_equal_the_reference(
     base: Path, pictures: list[Path], tmp_path: Path
 ) -> None:
-    captioner = load_captioner(str(base))
     said: dict[str, str] = {}
     for attempt in range(2):  # first to hear what the base says, then with one of its captions as a reference
         references = [
@@ -135,8 +221,7 @@ def test_exact_match_counts_captions_that_equal_the_reference(
             for n, (path, text) in enumerate(zip(pictures, references, strict=True))
         ]
         pack(samples, tmp_path / f"shards{attempt}")
-        options: Any = {"title": "", "limit": None, "batch_size": 4, "max_new_tokens": 8}
-        numbers, rows = evaluate(captioner, tmp_path / f"shards{attempt}", tmp_path, **options)
+        numbers, rows = measure(base, tmp_path / f"shards{attempt}", tmp_path)
         said = {path.name: row.after for path, row in zip(pictures, rows, strict=True)}
         assert numbers["exact_match"] == pytest.approx(attempt / len(pictures))
         assert [row.after_matches for row in rows] == [attempt == 1] + [False] * (len(pictures) - 1)
@@ -159,9 +244,8 @@ def test_two_samples_of_one_image_give_one_result(base: Path, pictures: list[Pat
         for key, path, image_id in (("a", pictures[0], 5), ("b", pictures[0], 5), ("c", pictures[1], 6))
     ]
     pack(samples, tmp_path / "shards")
-    options: Any = {"title": "", "limit": None, "batch_size": 4, "max_new_tokens": 2}
-    numbers, _ = evaluate(load_captioner(str(base)), tmp_path / "shards", tmp_path, **options)
-    assert numbers["n"] == 3
+    numbers, _ = measure(base, tmp_path / "shards", tmp_path, new_tokens=2)
+    assert (numbers["n"], numbers["images"]) == (3, 2)
     assert [e["image_id"] for e in json.loads((tmp_path / "predictions.json").read_text())] == [5, 6]
 
 
@@ -205,6 +289,8 @@ def test_nothing_but_damaged_samples_is_a_failure(
         str(tmp_path / "out"),
         "--limit",
         "3",
+        "--scores",
+        "none",
     ]
     line = error_line(capsys, 1, *arguments)
     assert "none of 3 samples could be read" in line and "sample0" in line
@@ -220,7 +306,7 @@ def test_predict_prints_json_and_a_table(
         shutil.copyfile(path, folder / path.name)
     (folder / "notes.txt").write_text("not a picture")
     files = [str(folder), str(pictures[4])]
-    assert main(["predict", str(base), *files, "--adapter", str(adapter), "--json", *SHORT]) == 0
+    assert main(["predict", str(base), *files, "--adapter", str(adapter), "--json", *SHORT_ANSWERS]) == 0
     captured = capsys.readouterr()
     printed = json.loads(captured.out)  # the object alone: the table goes to stderr
     assert printed["prompt"] == PROMPT and "before" in captured.err
@@ -228,15 +314,38 @@ def test_predict_prints_json_and_a_table(
     assert [entry["image"] for entry in printed["predictions"]] == images
     assert all(set(entry) == {"image", "caption", "before"} for entry in printed["predictions"])
 
-    assert main(["predict", str(base), *files, "--json", *SHORT, "--prompt", "Describe the picture."]) == 0
+    assert (
+        main(["predict", str(base), *files, "--json", *SHORT_ANSWERS, "--prompt", "Describe the picture."])
+        == 0
+    )
     other = output(capsys)
     assert all(set(entry) == {"image", "caption"} for entry in other["predictions"])
     said, before = other["predictions"], printed["predictions"]
     assert [e["caption"] for e in said] != [e["before"] for e in before]  # another prompt
 
-    assert main(["predict", str(base), *files, *SHORT]) == 0
+    assert main(["predict", str(base), *files, *SHORT_ANSWERS]) == 0
     captured = capsys.readouterr()
     assert "picture" in captured.out and "caption" in captured.out
+
+
+def test_predict_takes_urls_and_writes_its_json(
+    base: Path, pictures: list[Path], tmp_path: Path, capsys: Any
+) -> None:
+    out = tmp_path / "said.json"
+    with FileServer(pictures[0].parent) as server:
+        url = f"{server.url}/{pictures[0].name}"
+        places = [url, str(pictures[1])]
+        assert main(["predict", str(base), *places, "--out", str(out), "--json", *SHORT_ANSWERS]) == 0
+        said = json.loads(out.read_text())
+        assert said == output(capsys)
+        assert [entry["image"] for entry in said["predictions"]] == places
+        line = error_line(capsys, 2, "predict", str(base), f"{server.url}/none.jpg")
+        assert f"{server.url}/none.jpg: cannot be read (no such file (404))" in line
+    assert main(["predict", str(base), *map(str, pictures[:2]), "--json", *SHORT_ANSWERS]) == 0
+    local = output(capsys)["predictions"]
+    assert [entry["caption"] for entry in local] == [entry["caption"] for entry in said["predictions"]]
+    line = error_line(capsys, 2, "predict", str(base), places[1], "--out", str(tmp_path / "no" / "said.json"))
+    assert "its folder does not exist" in line
 
 
 @pytest.mark.parametrize("command", ["predict", "evaluate"])

@@ -12,10 +12,11 @@ from transformers import AutoProcessor, Qwen2VLForConditionalGeneration
 from qwenvl_dist.data.formats import caption_messages
 from qwenvl_dist.data.prompts import Asked, split_last_answer
 from qwenvl_dist.errors import UserError
-from qwenvl_dist.evaluate.generate import Captioner, greedy_tokens, load_captioner, training_image_size
-from qwenvl_dist.evaluate.run import predict
+from qwenvl_dist.evaluate.captioner import Captioner, load_captioner, training_image_size
+from qwenvl_dist.evaluate.predict import find_pictures, predict
 from qwenvl_dist.merge.merge import write_adapter as write_merged_adapter
 from qwenvl_dist.merge.trained import read_trained
+from qwenvl_dist.model.generate import greedy_tokens
 from qwenvl_dist.model.load import load_processor, save_processor
 from qwenvl_dist.synthetic.base import write_random_base
 from tests.evaluate.conftest import edit_json, write_adapter
@@ -170,8 +171,8 @@ def test_adapter_speaks_after_and_the_bare_base_before(
     from peft import PeftModel
 
     options: Any = {"max_new_tokens": NEW_TOKENS, "batch_size": 4}
-    rows = predict(load_captioner(str(base), adapter), pictures, PROMPT, **options)
-    bare = predict(load_captioner(str(base)), pictures, PROMPT, **options)
+    rows = predict(load_captioner(str(base), adapter), find_pictures(pictures), PROMPT, **options)
+    bare = predict(load_captioner(str(base)), find_pictures(pictures), PROMPT, **options)
     assert [row.before for row in rows] == [row.after for row in bare]
     assert all(row.before is None for row in bare)
 
@@ -180,7 +181,7 @@ def test_adapter_speaks_after_and_the_bare_base_before(
     for path in base.iterdir():
         if not (tmp_path / "merged" / path.name).exists():
             shutil.copyfile(path, tmp_path / "merged" / path.name)
-    merged = predict(load_captioner(str(tmp_path / "merged")), pictures, PROMPT, **options)
+    merged = predict(load_captioner(str(tmp_path / "merged")), find_pictures(pictures), PROMPT, **options)
     assert [row.after for row in rows] == [row.after for row in merged]
     assert [row.after for row in rows] != [row.before for row in rows]
 

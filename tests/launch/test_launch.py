@@ -19,7 +19,7 @@ TIMEOUT = 240
 
 
 def launch(
-    config: str, *arguments: str, env: dict[str, str] | None = None
+    config: str, *arguments: str, env: dict[str, str] | None = None, timeout: float = TIMEOUT
 ) -> subprocess.CompletedProcess[str]:
     """Run `accelerate launch --config_file launch/accelerate/CONFIG -m qwenvl_dist ...`; a hang kills all of it."""
     command = [
@@ -31,11 +31,11 @@ def launch(
         env={**os.environ, "OMP_NUM_THREADS": "1", **(env or {})},
     )  # fmt: skip
     try:
-        out, err = process.communicate(timeout=TIMEOUT)
+        out, err = process.communicate(timeout=timeout)
     except subprocess.TimeoutExpired:
         os.killpg(process.pid, signal.SIGKILL)
         out, err = process.communicate()
-        raise AssertionError(f"{config} did not end in {TIMEOUT} s\n{err[-6000:]}") from None
+        raise AssertionError(f"{config} did not end in {timeout} s\n{err[-6000:]}") from None
     return subprocess.CompletedProcess(command, process.returncode, out, err)
 
 

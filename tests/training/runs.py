@@ -67,11 +67,11 @@ def run_train(recipe: str, kill_at_step: int | None = None, kill_rank: int = 0, 
     raise SystemExit(main(["train", recipe]))
 
 
-def run_several(recipes: list[str], outcomes: str | None = None) -> None:
+def run_several(recipes: list[str], outcomes: str | None = None, leave: bool = True) -> None:
     """One rank: one run after another in this process, in half the time of as many starts.
 
     `{rank}` in a recipe's output folder becomes the rank. With `outcomes`, a folder, a run's error does not end the
-    others: each rank leaves there what came of each, by the recipe's name.
+    others: each rank leaves there what came of each, by the recipe's name. Without `leave` the ranks stay joined.
     """
     import accelerate
     from accelerate.state import AcceleratorState
@@ -100,7 +100,10 @@ def run_several(recipes: list[str], outcomes: str | None = None) -> None:
             said[Path(recipe).stem] = f"{type(error).__name__}: {error}"
         AcceleratorState._reset_state()
         unset_hf_deepspeed_config()
-    torch.distributed.destroy_process_group()
+    os.environ.clear()
+    os.environ.update(launched)
+    if leave:
+        torch.distributed.destroy_process_group()
     if outcomes is not None:
         Path(outcomes, f"{rank}.json").write_text(json.dumps(said))
 

@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from transformers import Qwen2VLForConditionalGeneration
 
 from qwenvl_dist.errors import UserError
-from qwenvl_dist.evaluate.generate import add_adapter
+from qwenvl_dist.evaluate.captioner import add_adapter
 from qwenvl_dist.merge.merge import merge, write_adapter
 from qwenvl_dist.merge.trained import read_trained
 from qwenvl_dist.model.base_folder import BaseFolder

@@ -1,8 +1,4 @@
-"""Load a model, with an adapter or without, and let it answer prompts.
-
-Generation is greedy whatever the model's generation_config.json says: no sampling and no repetition penalty,
-so that a caption depends neither on chance nor on the padding of its batch.
-"""
+"""Load a model, with an adapter or without, and let it answer prompts."""
 
 from __future__ import annotations
 
@@ -17,16 +13,17 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 import transformers
-from transformers import GenerationConfig
 
 from qwenvl_dist.config import DataConfig, ModelConfig, PixelRange
 from qwenvl_dist.data.images import ImageSizeRule
 from qwenvl_dist.data.prompts import PromptEncoder
 from qwenvl_dist.data.stream import SampleEncoder
+from qwenvl_dist.distributed import Topology
 from qwenvl_dist.errors import UserError
 from qwenvl_dist.model.base_folder import BaseFolder
+from qwenvl_dist.model.generate import answer
 from qwenvl_dist.model.load import TRAINING_IMAGES_FILE, load_model, load_processor, resolve_base
-from qwenvl_dist.model.pixels import PixelSettings, pixel_values
+from qwenvl_dist.model.pixels import PixelSettings
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -59,8 +56,7 @@ class Captioner:
 
     def answer(self, batch: PromptBatch, max_new_tokens: int) -> list[str]:
         """Return the answer to each row of the batch, dummies too."""
-        answers = greedy_tokens(self.model, batch.to(self.device), max_new_tokens, self.processor.tokenizer)
-        return [self.processor.tokenizer.decode(ids, skip_special_tokens=True).strip() for ids in answers]
+        return answer(self.model, batch.to(self.device), max_new_tokens, self.processor.tokenizer)
 
 
 def load_captioner(
@@ -70,13 +66,17 @@ def load_captioner(
     dtype: str | None = None,
     image_size: int | PixelRange | None = None,
     max_length: int = DataConfig().max_length,
+    trained_as: Path | None = None,
 ) -> Captioner:
     """Load a model folder or hub id, and a peft adapter on it.
 
-    Pictures take the size they had in training, unless `image_size` says otherwise. `dtype` defaults to
-    bfloat16 on a GPU and float32 without one.
+    Pictures take the size they had in training, unless `image_size` says otherwise: that of the adapter, else of
+    `trained_as` (what the model is compared with), else of the model. `dtype` defaults to bfloat16 on a GPU and
+    float32 without one. Each rank takes the GPU of its own number on its node.
     """
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = torch.device("cpu")
+    if torch.cuda.is_available():
+        device = torch.device("cuda", Topology.from_environment().local_rank)
     if dtype is None:
         dtype = "bfloat16" if device.type == "cuda" else "float32"
     if adapter is not None:
@@ -89,7 +89,9 @@ def load_captioner(
     BaseFolder(folder)  # a download that was cut off is named here, in milliseconds
     processor = load_processor(folder)
     if image_size is None:
-        image_size = training_image_size([f for f in (adapter, folder) if f is not None], processor)
+        image_size = training_image_size(
+            [f for f in (adapter, trained_as, folder) if f is not None], processor
+        )
     rule = ImageSizeRule.of(image_size, processor, "image size")
     base = load_model(folder, ModelConfig.model_validate({"base": str(folder), "dtype": dtype}))
     base.pixel_settings = PixelSettings.of(processor)
@@ -154,44 +156,3 @@ def add_adapter(model: Qwen2VLForCaptionLoss, folder: Path) -> PeftModel:
                 "name the base it was trained on"
             )
     return tuned
-
-
-@contextlib.contextmanager
-def _generation_config(model: Any, config: GenerationConfig) -> Iterator[None]:
-    """Hide the model's own settings, from which transformers would fill in what `config` leaves open."""
-    own, model.generation_config = model.generation_config, config
-    try:
-        yield
-    finally:
-        model.generation_config = own
-
-
-@torch.inference_mode()
-def greedy_tokens(
-    model: Qwen2VLForCaptionLoss, batch: PromptBatch, max_new_tokens: int, tokenizer: Any
-) -> list[list[int]]:
-    """Return the most likely next tokens of each row, up to the end of the turn."""
-    assert model.pixel_settings is not None, "set pixel_settings after loading"
-    own_ends = model.generation_config.eos_token_id if model.generation_config is not None else None
-    ends = {tokenizer.convert_tokens_to_ids("<|im_end|>")}
-    ends.update([own_ends] if isinstance(own_ends, int) else own_ends or [])
-    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else min(ends)
-    config = GenerationConfig(
-        do_sample=False,
-        max_new_tokens=max_new_tokens,
-        eos_token_id=sorted(ends),
-        pad_token_id=pad,
-        use_cache=True,
-    )
-    generate: Any = model.generate  # type: ignore[attr-defined] (its protocol does not fit its own models)
-    with _generation_config(model, config):
-        output: Any = generate(
-            input_ids=batch.input_ids,
-            attention_mask=batch.attention_mask,
-            mm_token_type_ids=batch.mm_token_type_ids,
-            pixel_values=pixel_values(batch.pixels, batch.grids, model.pixel_settings),
-            image_grid_thw=batch.image_grid_thw,
-            generation_config=config,
-        )
-    rows = output[:, batch.input_ids.shape[1] :].tolist()
-    return [row[: next((n for n, token in enumerate(row) if token in ends), len(row))] for row in rows]

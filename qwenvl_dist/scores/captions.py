@@ -1,0 +1,64 @@
+"""What of an answer is scored, and against what: one caption a picture, as in COCO's results format."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+if TYPE_CHECKING:
+    from qwenvl_dist.data.prompts import Asked
+
+Scored = Literal["first", "whole"]
+
+
+@dataclass(frozen=True)
+class ImageCaption:
+    """One picture: what was said about it, and by its annotators."""
+
+    image_id: int | str
+    key: str  # of the first sample with this picture
+    prompt: str
+    references: tuple[str, ...]
+    caption: str  # what is scored
+    answer: str  # all that the model said
+
+    def to_json(self) -> dict[str, object]:
+        """Return the picture's entry in a file of generations."""
+        return {**vars(self), "references": list(self.references)}
+
+
+def split_captions(text: str, mark: str) -> list[str]:
+    """Return the captions that `mark` separates in a text, white space made single, empty ones left out."""
+    captions = (" ".join(part.split()) for part in text.split(mark))
+    return [caption for caption in captions if caption]
+
+
+def scored_caption(answer: str, mark: str, scored: Scored) -> str:
+    """Return the part of an answer that is scored: its first caption, or all of it with single white space."""
+    if scored == "whole":
+        return " ".join(answer.split())
+    return next(iter(split_captions(answer, mark)), "")
+
+
+def by_image(answers: Iterable[tuple[Asked, str]], mark: str, scored: Scored) -> list[ImageCaption]:
+    """Gather answers by picture, in order of first appearance.
+
+    A picture that several samples show keeps the answer of the first, and has the references of all.
+    """
+    found: dict[int | str, ImageCaption] = {}
+    for asked, answer in answers:
+        earlier = found.get(asked.image_id)
+        references = tuple(split_captions(asked.reference, mark))
+        if earlier is not None:
+            known = earlier.references
+            references = known + tuple(text for text in references if text not in known)
+        found[asked.image_id] = ImageCaption(
+            asked.image_id,
+            earlier.key if earlier else asked.key,
+            earlier.prompt if earlier else asked.prompt,
+            references,
+            earlier.caption if earlier else scored_caption(answer, mark, scored),
+            earlier.answer if earlier else answer,
+        )
+    return list(found.values())

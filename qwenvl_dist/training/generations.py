@@ -1,0 +1,131 @@
+"""Captions of validation photos during training: what the model says now, scored, beside what the base said.
+
+RUN/generations/base.json             before the first step, without the adapter
+RUN/generations/step-00000500.json
+
+Each is a list of {"key", "image_id", "prompt", "references", "caption", "answer", "scores"}, one a photo.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from qwenvl_dist.data.images import ImageSizeRule
+from qwenvl_dist.data.plan import RunPlan, StepLayout, first_samples
+from qwenvl_dist.data.prompts import PromptEncoder, PromptStream
+from qwenvl_dist.data.stream import SampleEncoder
+from qwenvl_dist.errors import CheckFailed
+from qwenvl_dist.files import write_atomic
+from qwenvl_dist.logs import get_logger
+from qwenvl_dist.model.fast_path import generating
+from qwenvl_dist.model.generate import Answers, answer, answer_all
+from qwenvl_dist.model.whole_weights import whole_weights
+from qwenvl_dist.scores.captions import by_image
+from qwenvl_dist.scores.coco import CaptionScorer, ScoringFailed
+from qwenvl_dist.training.tracking import BASE, GENERATIONS, track_generations
+
+if TYPE_CHECKING:
+    from qwenvl_dist.training.metrics import Metrics
+    from qwenvl_dist.training.state import TrainState
+
+log = get_logger(__name__)
+
+
+def open_generations(state: TrainState) -> Generations | None:
+    """Return what captions validation photos as the recipe says, None when it says nothing."""
+    if state.recipe.eval.every_steps is None:
+        return None
+    assert state.validation is not None, "the recipe demands data.validation"
+    config, data = state.recipe.eval, state.recipe.data
+    shards = state.validation.shards
+    plan = RunPlan(first_samples(shards.manifest.shard_sizes, config.images), seed=0, window=1, shuffle=False)
+    # Resized as `evaluate` does it, so that a merged model sees the same pictures.
+    rule = ImageSizeRule.of(data.image_size, state.processor)
+    encoder = PromptEncoder(SampleEncoder(state.processor, rule, data.max_length))
+    layout = StepLayout(state.topology.world_size, config.batch_size, 1)
+    stream = PromptStream(shards, plan, layout, encoder, rank=state.topology.rank, workers=0)
+    return Generations(state, stream)
+
+
+class Generations:
+    """Generates, scores and writes. All methods are collective."""
+
+    def __init__(self, state: TrainState, stream: PromptStream) -> None:
+        self.state, self.stream, self.config = state, stream, state.recipe.eval
+        assert self.config.every_steps is not None
+        self.every_steps = self.config.every_steps
+        self.folder = Path(state.recipe.train.output_dir) / GENERATIONS
+        trained = state.engine.module
+        self._peft = trained if hasattr(trained, "peft_config") else None
+        self.model: Any = trained if self._peft is None else self._peft.get_base_model()
+
+    def write_base(self, metrics: Metrics) -> None:
+        """Write what the bare base says, unless an earlier start has done it."""
+        state = self.state
+        path = self.folder / BASE
+        if state.host.from_main(path.exists()):
+            return
+        step = state.progress.step
+        if step and (self._peft is None or state.recipe.model.train):
+            log.info("no captions of the base: step %d has changed its own weights", step)
+            return
+        with self._without_adapter():
+            self._write(path, None if step else metrics)
+
+    def write(self, metrics: Metrics) -> None:
+        """Write what the model says after the step that was just finished."""
+        self._write(self.folder / f"step-{self.state.progress.step:08d}.json", metrics)
+
+    def _write(self, path: Path, metrics: Metrics | None) -> None:
+        answers = self._generate()
+        if not self.state.topology.is_main:
+            return
+        for record in answers.bad:
+            log.warning("no caption of %s in %s: %s", record.key, record.shard, record.reason)
+        images = by_image(answers.said, self.state.recipe.data.caption_mark, self.config.scored)
+        values: dict[str, float] = {}
+        each: list[dict[str, float]] = [{} for _ in images]
+        try:
+            with CaptionScorer(self.config.scores) as scorer:
+                scores = scorer.score(images)
+            values, each = dict(scores.overall), scores.each
+        except ScoringFailed as error:
+            log.warning("step %d: captions without scores: %s", self.state.progress.step, error)
+        entries = [{**image.to_json(), "scores": own} for image, own in zip(images, each, strict=True)]
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            write_atomic(path, (json.dumps(entries, ensure_ascii=False, indent=1) + "\n").encode())
+        except OSError as error:
+            raise CheckFailed(
+                f"{path} cannot be written: {error.strerror}; mend the storage and start again to resume"
+            ) from error
+        if metrics:
+            metrics.log_generations({**values, "generated_per_second": answers.per_second}, len(images))
+            track_generations(self.state)
+
+    def _generate(self) -> Answers:
+        model, config, state = self.model, self.config, self.state
+        tokenizer, device = state.processor.tokenizer, state.accelerator.device
+        with generating(model), whole_weights(model, state.host) as whole:
+            return answer_all(
+                self.stream,
+                lambda batch: answer(model, batch.to(device), config.max_new_tokens, tokenizer, not whole),
+                state.host,
+                dummies_too=not whole,
+            )
+
+    @contextlib.contextmanager
+    def _without_adapter(self) -> Iterator[None]:
+        """Make it the bare base for a while. peft also switches gradients off and on; here all stay as they were."""
+        if self._peft is None:
+            yield
+            return
+        trains = [(parameter, parameter.requires_grad) for parameter in self._peft.parameters()]
+        with self._peft.disable_adapter():
+            yield
+        for parameter, did in trains:
+            parameter.requires_grad_(did)
