@@ -13,7 +13,7 @@ TWO_NODES = ["--nodes=2", "--gpus-per-node=1"]
 
 
 def write_lab_recipe(path: Path, base: Path, shards: Path, stage: int = 2, **train: Any) -> Path:
-    """Write a recipe of 80 steps of six samples each in a world of one, two or three; output in a folder of its name."""
+    """Write a recipe of 80 steps of six samples for one, two or three ranks; its output has its name."""
     sections = {
         "data": {"micro_batch_size": 1, "workers": 0},
         "train": {

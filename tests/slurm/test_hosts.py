@@ -6,9 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.ranks import ROOT
 from tests.slurm.lab import Lab, train_on_nodes, wait_for
-from tests.slurm.runs import CPU, PATIENCE, RANK, last_step, write_lab_recipe
+from tests.slurm.runs import CPU, PATIENCE, last_step, write_lab_recipe
 from tests.training.forked import ForkedRanks
 from tests.training.runs import ledger, losses
 
