@@ -134,6 +134,24 @@ def _refuse_whole_weight_settings(zero: dict[str, Any]) -> None:
             raise UserError(f"zero_optimization.{key} = true: weights cannot be quantised; drop the key")
 
 
+def _check_nvme(zero: dict[str, Any]) -> None:
+    """Refuse an optimizer on NVMe where DeepSpeed would fail later, or in its own words."""
+    offload = zero.get("offload_optimizer") or {}
+    if offload.get("device") != "nvme":
+        return
+    if zero["stage"] != 3:
+        raise UserError(
+            f"zero_optimization.offload_optimizer.device = nvme with stage {zero['stage']}: needs stage 3; "
+            "use cpu or none"
+        )
+    path = offload.get("nvme_path")
+    if not path or not os.access(path, os.W_OK | os.X_OK):
+        raise UserError(
+            f"zero_optimization.offload_optimizer.nvme_path = {json.dumps(path)}: must be a folder on this node's "
+            "NVMe disk that can be written to"
+        )
+
+
 def deepspeed_config(recipe: Recipe) -> dict[str, Any]:
     """Return the DeepSpeed configuration of this run: the ZeRO file's knobs plus what the recipe decides.
 
@@ -167,10 +185,7 @@ def deepspeed_config(recipe: Recipe) -> dict[str, Any]:
         raise UserError(
             f"zero_optimization.stage = {stage}: this toolkit trains under ZeRO 2 or 3; set one of them"
         )
-    if (config["zero_optimization"].get("offload_optimizer") or {}).get("device") == "nvme":
-        raise UserError(
-            "zero_optimization.offload_optimizer.device = nvme: must be cpu or none; such a run could not be resumed"
-        )
+    _check_nvme(config["zero_optimization"])
     if stage == 3:
         _refuse_whole_weight_settings(config["zero_optimization"])
     config["train_micro_batch_size_per_gpu"] = recipe.data.micro_batch_size

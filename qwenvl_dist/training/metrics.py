@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import resource
+import socket
 import sys
 import time
 from collections import defaultdict
@@ -14,6 +15,7 @@ import torch
 
 from qwenvl_dist.logs import get_logger, progress
 from qwenvl_dist.training.mfu import usable_peak, work_of
+from qwenvl_dist.training.pace import Laggard, laggard, spread
 
 if TYPE_CHECKING:
     from qwenvl_dist.data.batch import CaptionBatch
@@ -44,6 +46,7 @@ class Metrics:
         self.state, self.history = state, history
         self._bar: progress | None = None
         self._startup: dict[str, float] | None = None  # until it is written
+        self._host, self._laggard = socket.gethostname(), -1
         device = state.accelerator.device
         self._peak_flops, missing = usable_peak(state.recipe, device)
         if missing and device.type == "cuda":
@@ -106,7 +109,9 @@ class Metrics:
         """Write one line about the steps since the last one: means of loss and speed, maxima over ranks. Collective."""
         state, progress = self.state, self.state.progress
         loss = torch.stack(self._losses).double().sum().item()
-        losses, flops, peaks = zip(*state.host.gather((loss, self._flops, self._peak_flops)), strict=True)
+        before_waiting = (self._seconds["data_seconds"] + state.pace.take()) / self._steps
+        own = (loss, self._flops, self._peak_flops, before_waiting, self._host)
+        losses, flops, peaks, paces, hosts = zip(*state.host.gather(own), strict=True)
         data, step, peak = state.host.max(
             self._seconds["data_seconds"], self._seconds["step_seconds"], peak_memory_gib()
         )
@@ -128,6 +133,9 @@ class Metrics:
         }
         if all(peaks):
             values["mfu"] = sum(flops) / wall / sum(peaks)
+        if len(paces) > 1:
+            values["own_seconds"] = spread(paces, hosts)
+            self._name_laggard(values, laggard(paces, hosts, wall / self._steps))
         if self._startup:  # in the first line of a launch
             values["startup_seconds"], self._startup = self._startup, None
         self.history.metrics(values)
@@ -142,6 +150,24 @@ class Metrics:
         )  # fmt: skip
         self._reset()
         return values
+
+    def _name_laggard(self, values: dict[str, Any], slow: Laggard | None) -> None:
+        """Add the rank that the others wait for to a line; say so when it was another one before."""
+        if slow is None:
+            return
+        values["slowest"] = {
+            "rank": slow.rank,
+            "host": slow.host,
+            "seconds": slow.seconds,
+            "over_median": slow.over_median,
+        }
+        if self.state.topology.is_main and self._laggard != slow.rank:
+            log.warning(
+                "step %d: the others wait for rank %d on %s: %.3f s a step for its data and forward pass, %.0f%% more "
+                "than the median rank",
+                values["step"], slow.rank, slow.host, slow.seconds, 100 * slow.over_median,
+            )  # fmt: skip
+        self._laggard = slow.rank
 
     def log_validation(self, val_loss: float, seconds: float) -> None:
         """Write one line about a validation pass."""

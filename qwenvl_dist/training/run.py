@@ -31,6 +31,7 @@ from qwenvl_dist.training.loop import train
 from qwenvl_dist.training.metrics import Metrics, start_trackers
 from qwenvl_dist.training.optim import make_optimizer
 from qwenvl_dist.training.output_folder import ranks_elsewhere, set_aside_earlier_run
+from qwenvl_dist.training.pace import Pace
 from qwenvl_dist.training.state import DataIdentity, TrainState
 
 if TYPE_CHECKING:
@@ -159,6 +160,7 @@ def assemble(
         identity=identity,
         total_samples=batches.plan.total_samples,
         startup=startup,
+        pace=Pace(accelerator.device, exchanges_nothing=plugin.zero_stage == 2),
     )
 
 

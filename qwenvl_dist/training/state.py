@@ -10,6 +10,7 @@ from qwenvl_dist.data.plan import PLAN_VERSION
 from qwenvl_dist.errors import UserError
 from qwenvl_dist.outcome import Outcome
 from qwenvl_dist.startup import StartUp
+from qwenvl_dist.training.pace import Pace
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -101,6 +102,7 @@ class TrainState:
     progress: Progress = field(default_factory=Progress)
     startup: StartUp = field(default_factory=StartUp)
     outcome: Outcome = field(default_factory=Outcome)
+    pace: Pace = field(default_factory=Pace)
 
     @property
     def finished(self) -> bool:

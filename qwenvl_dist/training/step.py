@@ -63,7 +63,8 @@ def train_step(
         seed = hash_key(state.recipe.train.seed, state.progress.step, micro_batch, _DROPOUT_STREAM)
         torch.manual_seed(seed & (2**63 - 1))
         with state.accelerator.accumulate(state.engine):
-            loss = state.engine(batch=batch.to(state.accelerator.device))
+            with state.pace.forward():
+                loss = state.engine(batch=batch.to(state.accelerator.device))
             state.accelerator.backward(loss * scale)
         losses.append(loss.detach())
     assert state.accelerator.sync_gradients, "accumulation and optimizer step fell out of step"
