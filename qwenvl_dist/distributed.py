@@ -68,17 +68,6 @@ class Topology:
         )
 
 
-def check_launch(topology: Topology) -> None:
-    """Raise UserError when the launcher made another world than was asked for, such as one of each node alone."""
-    wanted = os.environ.get("QWENVL_WORLD_SIZE")
-    if wanted is not None and int(wanted) != topology.world_size:
-        raise UserError(
-            f"launched as rank {topology.rank} of {topology.world_size}, but QWENVL_WORLD_SIZE = {wanted}: "
-            "each node would train alone, or ranks are missing; give accelerate launch a *_multinode.yaml of "
-            "launch/accelerate/ and the same --num_processes on each node"
-        )
-
-
 def prepare_environment() -> None:
     """Set what must stand in the environment before DeepSpeed, tokenizers and torch.distributed are imported."""
     # Deprecations inside DeepSpeed and accelerate, once per collective otherwise.
@@ -253,7 +242,6 @@ def start(recipe: Recipe, startup: StartUp | None = None) -> Accelerator:
     if config["zero_optimization"]["stage"] == 3 and not torch.cuda.is_available():
         return_freed_memory()
     topology = Topology.from_environment()
-    check_launch(topology)
     plugin = DeepSpeedPlugin(hf_ds_config=config, zero3_init_flag=config["zero_optimization"]["stage"] == 3)
     # Without the explicit backend accelerate believes in a world of one on every rank of a machine without GPUs.
     timeout = timedelta(seconds=collective_seconds(recipe.train.timeout_seconds))
@@ -306,7 +294,7 @@ def host_ranks_or_one(timeout_seconds: float) -> Iterator[HostGroup | OneRank]:
 @contextmanager
 def host_ranks(timeout_seconds: float) -> Iterator[HostGroup]:
     """Join the other ranks without DeepSpeed, for work that is only shared out, and part again. Collective."""
-    check_launch(Topology.from_environment())
+    require_whole_world()
     prepare_environment()
     import torch.distributed as dist
 
