@@ -149,7 +149,7 @@ class DataConfig(_Section):
     bad_sample_budget: Annotated[float, Field(ge=0, le=1)] = (
         0.001  # share of the data set that may be unreadable
     )
-    cache_dir: str | None = None  # keeps whole copies of remote shards on this node; None reads them in parts
+    cache_dir: str | None = None  # keeps whole copies of shards on this node; None reads them in parts
     cache_gib: Annotated[float, Field(gt=0)] = 100  # of all copies in cache_dir
     read_timeout_seconds: Annotated[float, Field(gt=0)] = 60  # a remote place that sends nothing for so long
     read_retries: Annotated[int, Field(ge=0)] = (

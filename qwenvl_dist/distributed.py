@@ -68,16 +68,6 @@ class Topology:
         )
 
 
-def check_launch(topology: Topology) -> None:
-    """Raise UserError when the launcher made another world than was asked for, such as one of each node alone."""
-    wanted = os.environ.get("QWENVL_WORLD_SIZE")
-    if wanted is not None and int(wanted) != topology.world_size:
-        raise UserError(
-            f"launched as rank {topology.rank} of {topology.world_size}, but QWENVL_WORLD_SIZE = {wanted}: each node would train alone, or ranks are missing; give "
-            "accelerate launch a *_multinode.yaml of launch/accelerate/ and the same --num_processes on each node"
-        )
-
-
 def prepare_environment() -> None:
     """Set what must stand in the environment before DeepSpeed, tokenizers and torch.distributed are imported."""
     # Deprecations inside DeepSpeed and accelerate, once per collective otherwise.
@@ -144,6 +134,24 @@ def _refuse_whole_weight_settings(zero: dict[str, Any]) -> None:
             raise UserError(f"zero_optimization.{key} = true: weights cannot be quantised; drop the key")
 
 
+def _check_nvme(zero: dict[str, Any]) -> None:
+    """Refuse an optimizer on NVMe where DeepSpeed would fail later, or in its own words."""
+    offload = zero.get("offload_optimizer") or {}
+    if offload.get("device") != "nvme":
+        return
+    if zero["stage"] != 3:
+        raise UserError(
+            f"zero_optimization.offload_optimizer.device = nvme with stage {zero['stage']}: needs stage 3; "
+            "use cpu or none"
+        )
+    path = offload.get("nvme_path")
+    if not path or not os.access(path, os.W_OK | os.X_OK):
+        raise UserError(
+            f"zero_optimization.offload_optimizer.nvme_path = {json.dumps(path)}: must be a folder on this node's "
+            "NVMe disk that can be written to"
+        )
+
+
 def deepspeed_config(recipe: Recipe) -> dict[str, Any]:
     """Return the DeepSpeed configuration of this run: the ZeRO file's knobs plus what the recipe decides.
 
@@ -177,10 +185,7 @@ def deepspeed_config(recipe: Recipe) -> dict[str, Any]:
         raise UserError(
             f"zero_optimization.stage = {stage}: this toolkit trains under ZeRO 2 or 3; set one of them"
         )
-    if (config["zero_optimization"].get("offload_optimizer") or {}).get("device") == "nvme":
-        raise UserError(
-            "zero_optimization.offload_optimizer.device = nvme: must be cpu or none; such a run could not be resumed"
-        )
+    _check_nvme(config["zero_optimization"])
     if stage == 3:
         _refuse_whole_weight_settings(config["zero_optimization"])
     config["train_micro_batch_size_per_gpu"] = recipe.data.micro_batch_size
@@ -237,7 +242,6 @@ def start(recipe: Recipe, startup: StartUp | None = None) -> Accelerator:
     if config["zero_optimization"]["stage"] == 3 and not torch.cuda.is_available():
         return_freed_memory()
     topology = Topology.from_environment()
-    check_launch(topology)
     plugin = DeepSpeedPlugin(hf_ds_config=config, zero3_init_flag=config["zero_optimization"]["stage"] == 3)
     # Without the explicit backend accelerate believes in a world of one on every rank of a machine without GPUs.
     timeout = timedelta(seconds=collective_seconds(recipe.train.timeout_seconds))
@@ -278,7 +282,7 @@ def start(recipe: Recipe, startup: StartUp | None = None) -> Accelerator:
 @contextmanager
 def host_ranks(timeout_seconds: float) -> Iterator[HostGroup]:
     """Join the other ranks without DeepSpeed, for work that is only shared out, and part again. Collective."""
-    check_launch(Topology.from_environment())
+    require_whole_world()
     prepare_environment()
     import torch.distributed as dist
 

@@ -29,6 +29,8 @@ _LOST_OTHERS = re.compile(
     r"|launcher|SIGTERM",
     re.IGNORECASE,
 )
+# What a rank says that knows which other one it was: qwenvl_dist/heartbeat.py.
+_NAMES_ANOTHER = re.compile(r"rank (\d+)\b.* on \S+ (failed|did not)\b")
 # torchrun's summary of how a rank of its node ended.
 _TORCHRUN_EXIT = re.compile(r"rank\s*: (\d+) \(local_rank: \d+\)\s*\n\s*exitcode\s*: (-?\d+)")
 _SIGNAL_NAMES = {-9: "SIGKILL, as out of memory does it", -11: "SIGSEGV", -7: "SIGBUS", -6: "SIGABRT"}
@@ -252,19 +254,21 @@ def find_culprit(
 ) -> tuple[int | None, str]:
     """Return the rank with which a failure began, and what it was; None where nothing tells.
 
-    A rank that failed by itself comes before one that was killed, this before one that left no word, and that before
-    those that only lost the others.
+    A rank that failed by itself comes before one that others name, this before one that was killed, that before one
+    that left no word, and last come those that only lost the others.
     """
     failed = sorted((o for o in outcomes if o.outcome == "failed"), key=lambda o: o.at)
-    own = [o for o in failed if not _LOST_OTHERS.search(o.reason)]
+    named = [(int(match[1]), o.reason) for o in failed if (match := _NAMES_ANOTHER.match(o.reason))]
+    own = [o for o in failed if not _LOST_OTHERS.search(o.reason) and not _NAMES_ANOTHER.match(o.reason)]
     silent = sorted(set(range(start.world_size)) - {o.rank for o in outcomes})
     if own:
         return own[0].rank, _name(start, own[0].rank, own[0].reason)
+    if named and named[0][0] not in killed:
+        return named[0]
     if killed:
-        rank = min(killed)
-        return rank, _name(
-            start, rank, f"ended by {_SIGNAL_NAMES.get(killed[rank], f'signal {-killed[rank]}')}"
-        )
+        rank = named[0][0] if named else min(killed)
+        signal_name = _SIGNAL_NAMES.get(killed[rank], f"signal {-killed[rank]}")
+        return rank, _name(start, rank, f"ended by {signal_name}")
     if silent and failed:
         return silent[0], _name(start, silent[0], "ended without a word, the others lost it")
     if failed:

@@ -36,6 +36,12 @@ def require_whole_world(environment: Mapping[str, str] = os.environ) -> None:
                 f"{', '.join(_RANK_VARIABLES)}; start with accelerate launch, or set none of them to train alone"
             )
         world = _count(environment, "WORLD_SIZE")
+        wanted = _count(environment, "QWENVL_WORLD_SIZE") if "QWENVL_WORLD_SIZE" in environment else world
+        if wanted != world:
+            raise UserError(
+                f"WORLD_SIZE = {world}, but launch/node.sh was to start QWENVL_WORLD_SIZE = {wanted} ranks: nodes "
+                "would train alone, or ranks are missing; unset QWENVL_WORLD_SIZE to launch otherwise"
+            )
         # `srun accelerate launch` without --num_machines: a world on each node.
         nodes = _count(environment, "SLURM_STEP_NUM_NODES")
         if nodes > 1 and world == _count(environment, "LOCAL_WORLD_SIZE"):

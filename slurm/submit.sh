@@ -44,11 +44,14 @@ pack() {  # SHARDS CAPTIONS IMAGES
   submit "prepare $1, manifest" $QWENVL_CPU_OPTIONS slurm/prepare.sbatch "${input[@]}"
 }
 
-if [ -n "$captions" ]; then pack "$train_shards" "$captions" "$images"; fi
+[ -z "$validation_captions" ] || [ -n "$validation_shards" ] || stop "--validation-captions: the recipe has no data.validation"
+packed=""
 if [ -n "$validation_captions" ]; then
-  [ -n "$validation_shards" ] || stop "--validation-captions: the recipe has no data.validation to pack into"
   pack "$validation_shards" "$validation_captions" "$validation_images"
+  packed=$after after=""  # beside the other set
 fi
+if [ -n "$captions" ]; then pack "$train_shards" "$captions" "$images"; fi
+after=${after:-$packed}${after:+${packed:+:$packed}}
 if [ -n "$encode" ]; then
   submit "encode $encode" $QWENVL_GPU_OPTIONS --nodes="$nodes" --gpus-per-node="$gpus" slurm/encode.sbatch \
     "$train_shards" --base "$base" --out "$encode"

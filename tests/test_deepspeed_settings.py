@@ -15,7 +15,18 @@ from qwenvl_dist.errors import UserError
     ("setting", "message"),
     [
         ({"offload_param": {"device": "nvme"}}, "zero_optimization.offload_param.device = nvme: must be"),
-        ({"offload_optimizer": {"device": "nvme"}}, "offload_optimizer.device = nvme: must be cpu or none"),
+        (
+            {"offload_optimizer": {"device": "nvme"}},
+            "offload_optimizer.nvme_path = null: must be a folder on",
+        ),
+        (
+            {"offload_optimizer": {"device": "nvme", "nvme_path": "/none"}},
+            'offload_optimizer.nvme_path = "/none": must be a folder on',
+        ),
+        (
+            {"stage": 2, "offload_optimizer": {"device": "nvme", "nvme_path": "/tmp"}},
+            "offload_optimizer.device = nvme with stage 2: needs stage 3; use",
+        ),
         ({"zero_hpz_partition_size": 2}, "zero_optimization.zero_hpz_partition_size = 2: must be 1"),
         ({"zero_quantized_weights": True}, "zero_optimization.zero_quantized_weights = true: "),
         ({"zero_quantized_nontrainable_weights": True}, "zero_quantized_nontrainable_weights = true: "),

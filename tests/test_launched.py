@@ -37,6 +37,10 @@ def test_one_process_alone_and_one_whole_world_are_let_through(environment: dict
             {"SLURM_NTASKS": "2"},
             "SLURM_NTASKS = 2, but WORLD_SIZE is not set: each of these processes would train al",
         ),
+        (
+            {**RANK, "WORLD_SIZE": "1", "LOCAL_WORLD_SIZE": "1", "QWENVL_WORLD_SIZE": "2"},
+            "WORLD_SIZE = 1, but launch/node.sh was to start QWENVL_WORLD_SIZE = 2 ranks",
+        ),
         ({"OMPI_COMM_WORLD_SIZE": "4"}, "OMPI_COMM_WORLD_SIZE = 4, but WORLD_SIZE is not set"),
         # accelerate launch --cpu --num_machines 2
         (

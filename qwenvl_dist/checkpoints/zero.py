@@ -21,6 +21,7 @@ from typing import Any
 
 import torch
 
+from qwenvl_dist.checkpoints import swap_files
 from qwenvl_dist.checkpoints.torch_file import StoredTensor, UnreadableCheckpoint, load_torch_file
 
 _OPTIMIZER_FILE = re.compile(r"(?:bf16_|fp16_)?zero_pp_rank_(\d+)_mp_rank_(\d+)_optim_states\.pt")
@@ -97,6 +98,8 @@ class ZeroCheckpoint:
             _adam_states(state.get(adam_key), len(groups)) for state in ranks
         ]
         self._adam_groups = [_adam_group_options(state.get(adam_key)) for state in ranks]
+        if (self.folder / swap_files.FOLDER).is_dir():
+            self._fill_in_swapped(groups)
         for rank, masters in enumerate(self._masters):
             if len(masters) != len(groups):
                 raise UnreadableCheckpoint(
@@ -111,6 +114,20 @@ class ZeroCheckpoint:
             else:
                 paddings = ranks[0].get("param_alignment_paddings")
                 self._place_by_group(index, shapes, paddings[index] if paddings else [0] * len(shapes))
+
+    def _fill_in_swapped(self, groups: list[dict[str, torch.Size]]) -> None:
+        """The optimizer was on NVMe when DeepSpeed itself wrote the checkpoint."""
+        if self.stage != 3 or len(self._adam_groups[0]) > 1:
+            raise UnreadableCheckpoint(
+                f"{self.folder / swap_files.FOLDER}: swap files of several parameter groups cannot be told apart; "
+                "train with offload_optimizer.device cpu, or let this toolkit write the checkpoint"
+            )
+        sizes = [
+            sum(math.ceil(torch.Size(shape).numel() / self.world_size) for shape in group.values())
+            for group in groups
+        ]
+        for rank in range(self.world_size):
+            swap_files.fill_in(self.folder, rank, sizes, self._masters[rank], self._adam[rank])
 
     def fp32(self, name: str) -> torch.Tensor:
         """Return the float32 master weights of a parameter."""
@@ -242,11 +259,6 @@ def _find_files(folder: Path) -> tuple[list[Path], Path]:
     optimizer: dict[int, Path] = {}
     model: dict[int, Path] = {}
     for path in sorted(folder.iterdir()):
-        if path.name == "offloaded_tensors":
-            raise UnreadableCheckpoint(
-                f"{path}: the masters are in DeepSpeed's swap files, the optimizer was on NVMe: not supported; "
-                "train with offload_optimizer.device cpu"
-            )
         if "expert" in path.name or path.name.startswith("layer_"):
             raise UnreadableCheckpoint(f"{path}: experts and pipeline stages are not supported")
         for pattern, found in ((_OPTIMIZER_FILE, optimizer), (_MODEL_FILE, model)):

@@ -73,8 +73,10 @@ def _run_begin(args: argparse.Namespace) -> int:
 
     Limits.from_environment(os.environ)  # a wrong one comes up now, not when the job has run for a day
     recipe = load_recipe(args.recipe, args.overrides)
+    nodes = args.nodes.split()
+    recipe.grad_accum_steps(len(nodes) * args.processes_per_node)
     history = JobHistory.load(Path(recipe.train.output_dir), Job.from_environment(os.environ))
-    more = history.begin(args.nodes.split(), args.processes_per_node)
+    more = history.begin(nodes, args.processes_per_node)
     start = history.starts[-1]
     _assign(run=str(history.run), logs=str(history.logs), outcomes=str(history.outcomes), more=" ".join(more))
     print(

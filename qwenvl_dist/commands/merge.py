@@ -5,6 +5,8 @@ import json
 import sys
 from pathlib import Path
 
+READ_AHEAD_BYTES = 1 << 30  # of the base, into memory that the system takes back when it needs it
+
 
 def add_parser(subparsers: argparse._SubParsersAction) -> None:
     """Describe the command line."""
@@ -50,8 +52,6 @@ def run(args: argparse.Namespace) -> int:
 
     from qwenvl_dist.errors import UserError
     from qwenvl_dist.logs import progress
-    from qwenvl_dist.merge.merge import check_base, merge, write_adapter
-    from qwenvl_dist.merge.trained import find_checkpoint, read_trained
     from qwenvl_dist.model.base_folder import BaseFolder
     from qwenvl_dist.model.load import resolve_base
 
@@ -59,8 +59,14 @@ def run(args: argparse.Namespace) -> int:
         raise UserError("--verify and --verify-forward read the merged model: give --out DIR")
     if args.out is None and args.adapter_out is None:
         raise UserError("nothing to write: give --out DIR, --adapter-out DIR or both")
-    folder = find_checkpoint(args.checkpoint)
     base = BaseFolder(resolve_base(args.base))
+    if args.out is not None:
+        base.read_ahead(READ_AHEAD_BYTES)  # while torch is imported, which takes seconds
+
+    from qwenvl_dist.merge.merge import check_base, merge, write_adapter
+    from qwenvl_dist.merge.trained import find_checkpoint, read_trained
+
+    folder = find_checkpoint(args.checkpoint)
     trained = read_trained(folder)
     if not args.allow_other_base:
         check_base(trained, base)

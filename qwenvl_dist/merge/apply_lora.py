@@ -188,7 +188,6 @@ class BlockBuffers:
         shape = (_rows_in_block(plan), plan.columns)
         self.base = torch.empty(shape, dtype=TORCH_DTYPES[plan.entry.dtype])
         self.exact = torch.empty(shape)
-        self.rounded = torch.empty(shape, dtype=TORCH_DTYPES[plan.dtype])
         self.spare = torch.empty(shape)
         self.differs = np.empty(shape, dtype=bool)
 
@@ -204,19 +203,18 @@ def read_rows(
     """Read rows of a tensor from a safetensors file as they are, into the first rows of `buffer` if there is one."""
     dtype = TORCH_DTYPES[entry.dtype]
     rows = torch.empty((end - begin, columns), dtype=dtype) if buffer is None else buffer[: end - begin]
-    view = as_bytes(rows)
-    offset = entry.begin + begin * columns * dtype.itemsize
-    while view:
-        count = os.preadv(descriptor, [view], offset)
-        if not count:
-            raise OSError(f"{entry.file} ended early")
-        view, offset = view[count:], offset + count
+    memory = rows.view(torch.uint8).reshape(-1).numpy().data
+    read_into(descriptor, memory, entry.begin + begin * columns * dtype.itemsize, entry.file)
     return rows
 
 
-def as_bytes(rows: torch.Tensor) -> memoryview:
-    """Return the memory of a contiguous tensor."""
-    return rows.view(torch.uint8).reshape(-1).numpy().data
+def read_into(descriptor: int, memory: memoryview, offset: int, name: str) -> None:
+    """Fill memory from a place in a file; `name` is for the error when it ends before that."""
+    while memory:
+        count = os.preadv(descriptor, [memory], offset)
+        if not count:
+            raise OSError(f"{name} ended early")
+        memory, offset = memory[count:], offset + count
 
 
 def merged_rows(plan: TensorPlan, weight: torch.Tensor, begin: int, end: int) -> torch.Tensor:

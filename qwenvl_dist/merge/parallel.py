@@ -4,19 +4,30 @@ Torch's own threads meet at a barrier after every small operation: with anything
 operation of 0.2 ms takes 8 ms. One thread a tensor has no barriers; torch, reads and writes release the GIL.
 """
 
+import contextlib
 import os
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
 
 import torch
 
-MAX_WORKERS = 8  # each holds a few row blocks
-
+MAX_WORKERS = 8  # each holds a few row blocks and 4 MiB on their way to the disk
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
+
+
+@contextlib.contextmanager
+def one_thread() -> Iterator[None]:
+    """Let torch compute in the calling thread alone: many small tensors. Also a decorator."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def for_each(
@@ -26,8 +37,8 @@ def for_each(
 
     The first exception cancels what has not begun and is raised.
     """
-    # More than cores: a thread that waits for the disk leaves its core to another.
-    workers = min(MAX_WORKERS, 2 * len(os.sched_getaffinity(0)))
+    # More than cores: a thread that waits for the disk, as most do, leaves its core to another.
+    workers = min(MAX_WORKERS, 4 * len(os.sched_getaffinity(0)))
     with ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1,)) as pool:
         futures = deque((item, pool.submit(work, item)) for item in items)
         try:

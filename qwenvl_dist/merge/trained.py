@@ -24,6 +24,7 @@ from qwenvl_dist.merge.adapter import (
     read_peft_folder,
     split_name,
 )
+from qwenvl_dist.merge.parallel import one_thread
 from qwenvl_dist.model.names import SAVED_COPY, runtime_name
 
 _STEP_FOLDER = re.compile(r"step-(\d+)")
@@ -85,6 +86,7 @@ def find_checkpoint(path: Path) -> Path:
     return steps[max(steps)]
 
 
+@one_thread()
 def read_trained(folder: Path) -> Trained:
     """Read a step folder, a plain DeepSpeed folder or a peft adapter.
 

@@ -3,23 +3,33 @@
 import contextlib
 import hashlib
 import os
+import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
+import torch
+
 from qwenvl_dist.merge.apply_lora import (
+    TORCH_DTYPES,
     BlockBuffers,
     Change,
     TensorPlan,
-    as_bytes,
     merged_rows,
+    read_into,
     read_rows,
     row_blocks,
 )
 from qwenvl_dist.merge.parallel import for_each
-from qwenvl_dist.merge.safetensors_writer import COPY_BYTES, SafetensorsWriter, open_for_reading
+from qwenvl_dist.merge.safetensors_writer import (
+    COPY_BYTES,
+    SafetensorsWriter,
+    Stage,
+    TensorStream,
+    open_for_reading,
+)
 from qwenvl_dist.model.base_folder import DTYPE_BYTES, BaseFolder, SafetensorsFile, write_header
 
 READ_AHEAD_BYTES = 16 << 20
@@ -121,14 +131,21 @@ def _places(file: _OpenFile) -> list[tuple[_OpenFile, TensorPlan, int]]:
     return places
 
 
+_own = threading.local()  # of a thread: its stage
+
+
 def _write_tensor(place: tuple[_OpenFile, TensorPlan, int]) -> dict[str, Any]:
     """Write one tensor; return its record: name and sha256, and of a merged one what changed."""
     file, plan, offset = place
+    if not hasattr(_own, "stage"):
+        _own.stage = Stage()
     _read_ahead(file.source, plan.entry.begin, READ_AHEAD_BYTES)
-    work = _copy_tensor if plan.copied else _compute_tensor
-    record = work(plan, file.source, file.writer, offset)
-    file.writer.start_writeback(offset, output_bytes(plan))
-    return record
+    if plan.copied and file.writer.clone(file.source, plan.entry.begin, offset, plan.entry.nbytes):
+        return _copy_tensor(plan, file.source, _own.stage, None)
+    stream = _own.stage.open(file.writer, offset)
+    if plan.copied:
+        return _copy_tensor(plan, file.source, _own.stage, stream)
+    return _compute_tensor(plan, file.source, stream)
 
 
 def _read_ahead(source: int, begin: int, count: int) -> None:
@@ -136,20 +153,23 @@ def _read_ahead(source: int, begin: int, count: int) -> None:
     os.posix_fadvise(source, begin, count, os.POSIX_FADV_WILLNEED)
 
 
-def _copy_tensor(plan: TensorPlan, source: int, writer: SafetensorsWriter, offset: int) -> dict[str, Any]:
-    digest, buffer = hashlib.sha256(), memoryview(bytearray(min(COPY_BYTES, plan.entry.nbytes)))
+def _copy_tensor(plan: TensorPlan, source: int, stage: Stage, stream: TensorStream | None) -> dict[str, Any]:
+    """Hash a tensor on its way into the stream; there is none when the file has the tensor already."""
+    digest = hashlib.sha256()
     for begin in range(0, plan.entry.nbytes, COPY_BYTES):
         count = min(COPY_BYTES, plan.entry.nbytes - begin)
         _read_ahead(source, plan.entry.begin + begin + READ_AHEAD_BYTES, count)
-        writer.copy(source, plan.entry.begin + begin, offset + begin, count)
-        if os.preadv(source, [buffer[:count]], plan.entry.begin + begin) != count:  # from memory: just copied
-            raise OSError(f"{plan.entry.file} ended early")
-        digest.update(buffer[:count])
+        block = stream.space(count) if stream else stage.memory(count)[:count]
+        read_into(source, block, plan.entry.begin + begin, plan.entry.file)
+        digest.update(block)
+    if stream:
+        stream.finish()
     return {"name": plan.name, "sha256": digest.hexdigest()}
 
 
-def _compute_tensor(plan: TensorPlan, source: int, writer: SafetensorsWriter, offset: int) -> dict[str, Any]:
+def _compute_tensor(plan: TensorPlan, source: int, stream: TensorStream) -> dict[str, Any]:
     digest, change, buffers = hashlib.sha256(), Change(plan), BlockBuffers(plan)
+    dtype = TORCH_DTYPES[plan.dtype]
     row_bytes = plan.entry.nbytes // max(1, plan.rows)
     for begin, end in row_blocks(plan):
         _read_ahead(
@@ -159,12 +179,11 @@ def _compute_tensor(plan: TensorPlan, source: int, writer: SafetensorsWriter, of
         weight = buffers.exact[: end - begin].copy_(base)
         change.add_base(weight)
         exact = merged_rows(plan, weight, begin, end)
-        rounded = buffers.rounded[: end - begin].copy_(exact)  # the one rounding
+        data = stream.space(exact.numel() * dtype.itemsize)
+        rounded = torch.frombuffer(data, dtype=dtype).view(exact.shape).copy_(exact)  # the one rounding
         if plan.merged:
             change.add(buffers, base, exact, rounded)
-        data = as_bytes(rounded)
         digest.update(data)
-        writer.write(data, offset)
-        offset += len(data)
+    stream.finish()
     line = change.line() if plan.merged else {"name": plan.name}
     return {**line, "sha256": digest.hexdigest()}

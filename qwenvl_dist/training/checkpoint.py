@@ -41,6 +41,7 @@ from qwenvl_dist.model.lora import trainable_parameters
 from qwenvl_dist.training.output_folder import set_aside
 from qwenvl_dist.training.restore import RelayedCheckpoint, load_trained_state, require_same_adapter
 from qwenvl_dist.training.state import data_state, restore_progress
+from qwenvl_dist.training.swapped import fill_in
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -95,15 +96,23 @@ class _Catcher:
 
 
 def partitions(engine: Any) -> dict[str, Any]:
-    """Return this rank's files of a DeepSpeed checkpoint, by name: references to the live state. Collective."""
+    """Return this rank's files of a DeepSpeed checkpoint, by name: references to the live state. Collective.
+
+    What is in swap files is referred to there, so that a checkpoint does not tell where its optimizer was.
+    """
     catcher, own, script = _Catcher(), engine.checkpoint_engine, engine._copy_recovery_script
     engine.checkpoint_engine = catcher
     engine._copy_recovery_script = lambda _path: None  # its converters; here it is `qwenvl-dist merge`
+    engine.zero_nvme_offload_optimizer = lambda: False  # else it copies its swap files into the folder
     try:
         with _only_trained(engine.module):
             engine.save_checkpoint("nowhere", tag=manifests.PARTITIONS, exclude_frozen_parameters=True)
     finally:
         engine.checkpoint_engine, engine._copy_recovery_script = own, script
+        del engine.zero_nvme_offload_optimizer
+    for content in catcher.files.values():
+        if "optimizer_state_dict" in content and engine.zero_optimization_stage() == 3:
+            fill_in(engine.optimizer, content["optimizer_state_dict"])
     return catcher.files
 
 

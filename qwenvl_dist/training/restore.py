@@ -10,6 +10,7 @@ import torch
 from qwenvl_dist.checkpoints.zero import ZeroCheckpoint
 from qwenvl_dist.errors import UserError
 from qwenvl_dist.model.lora import trainable_parameters
+from qwenvl_dist.training.swapped import MASTER, MOMENTS, in_memory
 
 if TYPE_CHECKING:
     from qwenvl_dist.config import LoraConfig
@@ -59,12 +60,7 @@ def load_trained_state(engine: Any, checkpoint: ZeroCheckpoint | RelayedCheckpoi
     Each rank reads the slices it needs and keeps its own partition. DeepSpeed's own loading wants the same world size.
     """
     import deepspeed
-    from deepspeed.utils import (
-        safe_set_full_fp32_param,
-        safe_set_full_optimizer_state,
-        safe_set_local_fp32_param,
-        safe_set_local_optimizer_state,
-    )
+    from deepspeed.utils import safe_set_full_fp32_param, safe_set_full_optimizer_state
 
     parameters = trainable_parameters(engine.module)
     missing = sorted(set(parameters) - set(checkpoint.shapes))
@@ -76,49 +72,62 @@ def load_trained_state(engine: Any, checkpoint: ZeroCheckpoint | RelayedCheckpoi
             f"not trained now (first: {name}); use the lora and model.train sections of that run"
         )
     zero = engine.optimizer
-    stage = engine.zero_optimization_stage()
-    partitions = zero.fp32_partitioned_groups_flat if stage == 3 else zero.single_partition_of_fp32_groups
     steps = {checkpoint.optimizer_step(name) for name in parameters}
     assert len(steps) == 1, f"parameters disagree about Adam's step: {steps}"
-    _prepare_adam_state(zero.optimizer, partitions, steps.pop())
+    step = steps.pop()
 
-    if stage != 3:
-        zero._lazy_init_hp_params_optimizer_state()  # links each parameter to its slice of the moments just made
+    if engine.zero_optimization_stage() == 3:
+        names = {id(parameter): name for name, parameter in parameters.items()}
+        for group, members in enumerate(zero.fp16_groups):
+            with in_memory(zero, group) as partition:
+                state = _prepare_adam_state(zero.optimizer, partition, step)
+                targets = {MASTER: partition.data, **{key: state[key] for key in MOMENTS}}
+                offset = 0
+                for parameter in members:
+                    size = parameter.ds_tensor.numel()
+                    _set_own_slices(checkpoint, names[id(parameter)], targets, offset, size)
+                    offset += size
         for name, parameter in parameters.items():
-            master = checkpoint.fp32(name)
-            safe_set_full_fp32_param(parameter, master.to(parameter.device))
-            parameter.data.copy_(master)
-            for key in ("exp_avg", "exp_avg_sq"):
-                safe_set_full_optimizer_state(parameter, checkpoint.optimizer_state(name, key), key)
+            with deepspeed.zero.GatheredParameters([parameter], modifier_rank=0):
+                if torch.distributed.get_rank() == 0 or isinstance(checkpoint, RelayedCheckpoint):
+                    master = checkpoint.fp32(name)
+                    parameter.data.copy_(master)
         return
 
-    rank, world = torch.distributed.get_rank(), torch.distributed.get_world_size()
-
-    def own_slice(tensor: torch.Tensor, size: int) -> torch.Tensor:
-        padded = torch.zeros(size * world, dtype=torch.float32)
-        padded[: tensor.numel()] = tensor.flatten()
-        return padded[rank * size : (rank + 1) * size]
-
+    for partition in zero.single_partition_of_fp32_groups:
+        _prepare_adam_state(zero.optimizer, partition, step)
+    zero._lazy_init_hp_params_optimizer_state()  # links each parameter to its slice of the moments just made
     for name, parameter in parameters.items():
-        size = parameter.ds_tensor.numel()  # type: ignore[attr-defined]
         master = checkpoint.fp32(name)
-        safe_set_local_fp32_param(parameter, own_slice(master, size))
-        for key in ("exp_avg", "exp_avg_sq"):
-            safe_set_local_optimizer_state(
-                parameter, own_slice(checkpoint.optimizer_state(name, key), size), key
-            )
-        with deepspeed.zero.GatheredParameters([parameter], modifier_rank=0):
-            if rank == 0:
-                parameter.data.copy_(master)
+        safe_set_full_fp32_param(parameter, master.to(parameter.device))
+        parameter.data.copy_(master)
+        for key in MOMENTS:
+            safe_set_full_optimizer_state(parameter, checkpoint.optimizer_state(name, key), key)
 
 
-def _prepare_adam_state(adam: torch.optim.Optimizer, partitions: list[torch.Tensor], step: int) -> None:
-    """Create Adam's state for each flat partition, as its first step would, with zero moments."""
+def _set_own_slices(
+    checkpoint: ZeroCheckpoint | RelayedCheckpoint,
+    name: str,
+    targets: dict[str, torch.Tensor],
+    offset: int,
+    size: int,
+) -> None:
+    """Set this rank's piece of a parameter, `size` elements from `offset` on, in its flat masters and moments."""
+    start = torch.distributed.get_rank() * size
+    for key, target in targets.items():
+        whole = checkpoint.fp32(name) if key == MASTER else checkpoint.optimizer_state(name, key)
+        piece = whole.flatten()[start : start + size]
+        target[offset : offset + size].zero_()[: piece.numel()].copy_(piece)  # the last rank's may be padded
+
+
+def _prepare_adam_state(
+    adam: torch.optim.Optimizer, partition: torch.Tensor, step: int
+) -> dict[str, torch.Tensor]:
+    """Create Adam's state of a flat partition as its first step would, with zero moments, and return it."""
     on_device = any(group.get("fused") or group.get("capturable") for group in adam.param_groups)
-    for partition in partitions:
-        count = torch.tensor(float(step), device=partition.device if on_device else "cpu")
-        adam.state[partition] = {
-            "step": count if isinstance(adam, torch.optim.AdamW) else step,
-            "exp_avg": torch.zeros_like(partition.data),
-            "exp_avg_sq": torch.zeros_like(partition.data),
-        }
+    count = torch.tensor(float(step), device=partition.device if on_device else "cpu")
+    adam.state[partition] = {
+        "step": count if isinstance(adam, torch.optim.AdamW) else step,
+        **{key: torch.zeros_like(partition.data) for key in MOMENTS},
+    }
+    return adam.state[partition]

@@ -160,16 +160,6 @@ def test_truncated_files_are_refused(saved, tmp_path: Path, keep: int) -> None:
         ZeroCheckpoint(folder)
 
 
-@pytest.mark.dist
-def test_offload_to_nvme_is_refused(saved, tmp_path: Path) -> None:
-    shutil.copytree(saved(2) / "stage3/zero", tmp_path / "zero")
-    (tmp_path / "zero/offloaded_tensors/rank0").mkdir(parents=True)
-    with pytest.raises(
-        UnreadableCheckpoint, match=r"swap files.* not supported; train with offload_optimizer\.device cpu"
-    ):
-        ZeroCheckpoint(tmp_path / "zero")
-
-
 UNSUPPORTED: dict[str, tuple[str, dict[str, Any], str]] = {
     "tensor-parallel-world": ("model", {"mp_world_size": 2}, "tensor parallelism"),
     "experts": ("model", {"autoep_layers": {"0": {}}}, "expert parallelism"),

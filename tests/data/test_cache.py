@@ -4,6 +4,7 @@ import contextlib
 import errno
 import io
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -165,6 +166,17 @@ def test_a_pass_through_a_cache_that_is_too_small_gives_the_same(
         assert read_through(open_set(server.url, cache), epochs=2) == expected
         # An index, whose size is not known before, lies there until it is seen to be too large.
         wait_until(lambda: total_bytes(cache) <= max_bytes)  # noqa: B023
+
+
+def test_shards_on_shared_storage_are_staged_too(packed: Path, tmp_path: Path) -> None:
+    cache = open_cache(tmp_path / "node")
+    assert read_through(open_set(packed, cache)) == read_through(open_set(packed))
+    assert len(files(cache, ".shard")) == 2 * len(SHARDS)  # with their indexes
+    storage = tmp_path / "storage"
+    shutil.copytree(packed, storage)
+    (storage / HIT).unlink()
+    damaged = open_set(storage, open_cache(tmp_path / "other"))
+    assert sorted(reasons(read_through(damaged))) == KEYS[3:6]
 
 
 # --- what goes wrong ---

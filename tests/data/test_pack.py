@@ -231,6 +231,55 @@ def test_two_packers_do_not_mix(tmp_path, coco, monkeypatch):
     pack(read(coco), out)
 
 
+def test_parts_and_a_last_look_leave_the_bytes_of_one_packer(tmp_path, coco, capsys):
+    whole, out = tmp_path / "whole", tmp_path / "out"
+    assert pack_command(coco, whole) == 0
+    context = multiprocessing.get_context("fork")
+    parts = [context.Process(target=pack_command, args=(coco, out, "--part", f"{i}/4")) for i in range(4)]
+    for part in parts:  # at the same time; the last one has no shard
+        part.start()
+    for part in parts:
+        part.join(60)
+    assert [part.exitcode for part in parts] == [0] * 4
+    assert not (out / "manifest.json").exists()
+    assert {name: data for name, data in content(whole).items() if name.startswith("shard")} == {
+        name: data for name, data in content(out).items() if name.startswith("shard")
+    }
+    written = {name: when for name, when in times(out).items() if name.startswith("shard")}
+    (out / "packing.1-of-4.lock").touch()  # of a part that was killed and then done again
+    assert pack_command(coco, out) == 0
+    assert content(out) == content(whole)
+    assert {name: times(out)[name] for name in written} == written
+    assert pack_command(coco, out, "--part", "0/4") == 0  # over finished output
+    capsys.readouterr()
+
+    # What a part made of other pictures is found by the last look.
+    torn = tmp_path / "torn"
+    assert pack_command(coco, torn, "--part", "0/2") == 0
+    (coco.images / "000000000002.jpg").write_bytes(jpeg(99))
+    with pytest.raises(UserError, match="was packed from another input"):
+        pack_command(coco, torn)
+
+
+def test_parts_keep_out_who_packs_the_whole_and_themselves(tmp_path, coco, monkeypatch):
+    monkeypatch.setattr(pack_module, "LOCK_PATIENCE_SECONDS", 0.1)
+    out = tmp_path / "out"
+    out.mkdir()
+    with pack_module.locked(out / pack_module.UNFINISHED_NAME, shared=True):
+        pack(read(coco), out, samples_per_shard=3, part=(0, 2))
+        with pytest.raises(UserError, match="another process"):
+            pack(read(coco), out, samples_per_shard=3)
+    own = out / pack_module.PART_LOCK.format(1, 2)
+    with pack_module.locked(own), pytest.raises(UserError, match="another process"):
+        pack(read(coco), out, samples_per_shard=3, part=(1, 2))
+
+
+@pytest.mark.parametrize("part", ["2/2", "1", "-1/2", "a/b", "/3"])
+def test_a_senseless_part_is_refused(tmp_path, coco, part):
+    with pytest.raises(UserError, match=r"--part .*must be I/N"):
+        pack_command(coco, tmp_path / "out", f"--part={part}")
+
+
 @pytest.mark.parametrize(
     ("data", "reason"),
     [

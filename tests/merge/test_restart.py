@@ -49,7 +49,7 @@ MERGE = "qwenvl_dist.merge.merge"
 INSTANTS = {  # where the merge is killed: owner, name, number of the call, are some files done by then
     "before-the-first-tensor": ("qwenvl_dist.merge.write", "_write_tensor", 1, False),
     "before-a-block": (WRITER, "write", 10, None),
-    "before-a-copy": (WRITER, "copy", 30, None),
+    "before-a-copy": (WRITER, "clone", 30, None),
     "before-the-first-sync": (WRITER, "finish", 1, False),
     "before-the-first-mark": ("qwenvl_dist.merge.partial:PartialOutput", "mark_done", 1, False),
     "before-the-third-mark": ("qwenvl_dist.merge.partial:PartialOutput", "mark_done", 3, True),

@@ -1,39 +1,17 @@
 """slurm/train.sbatch on two hosts: preempted, crashed, wrong, cancelled."""
 
-import json
+import os
 import re
+import signal
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from tests.slurm.lab import Lab, wait_for
-from tests.slurm.runs import CPU, TWO_NODES, write_lab_recipe
-from tests.training.forked import ForkedRanks, train
-from tests.training.runs import ledger, losses, read_lines
+from tests.slurm.runs import CPU, PATIENCE, RANK, TWO_NODES, last_step, starts, write_lab_recipe
+from tests.training.runs import ledger, losses
 
 pytestmark = [pytest.mark.slurm, pytest.mark.dist]
-
-PATIENCE = 150  # seconds for a start, on a busy machine
-
-
-@pytest.fixture(scope="module")
-def straight(scenes_base: Path, scene_shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The run that nothing breaks, on one rank."""
-    folder = tmp_path_factory.mktemp("straight")
-    recipe = write_lab_recipe(folder / "run.yaml", scenes_base, scene_shards, 1)
-    run = ForkedRanks(train, (str(recipe),), 1, folder / "log")
-    assert run.wait(PATIENCE) == [0], run.said()[-4000:]
-    return folder / "run"
-
-
-def last_step(run: Path) -> int:
-    return max((line["step"] for line in read_lines(run / "metrics.jsonl")), default=0)
-
-
-def starts(run: Path, job: str) -> list[dict[str, Any]]:
-    path = run / "logs" / f"{job}.json"
-    return json.loads(path.read_text())["starts"] if path.exists() else []
 
 
 def submit(lab: Lab, recipe: Path, *overrides: str, log: Path, env: dict[str, str] | None = None) -> str:
@@ -45,36 +23,35 @@ def test_a_job_that_is_preempted_three_times_ends_as_the_unbroken_run(
     lab: Lab, scenes_base: Path, scene_shards: Path, straight: Path, tmp_path: Path
 ) -> None:
     run, log = tmp_path / "run", tmp_path / "job.log"
-    recipe = write_lab_recipe(tmp_path / "run.yaml", scenes_base, scene_shards, 2)
-    job = submit(lab, recipe, log=log, env={"QWENVL_SCRATCH": str(lab.nodes["node1"].scratch)})
+    recipe = write_lab_recipe(tmp_path / "run.yaml", scenes_base, scene_shards)
+    scratch = lab.nodes["node1"].scratch
+    job = submit(lab, recipe, log=log, env={"QWENVL_SCRATCH": str(scratch)})
 
-    def trains_in(start: int, steps: int = 2) -> int:
-        box: list[int] = []
+    def trains_in(start: int) -> None:
+        seen: list[int] = []
 
         def reached() -> bool:
             if len(starts(run, job)) == start + 1:
-                box.append(last_step(run))
-            return (
-                bool(box) and box[-1] >= box[0] + steps and bool(lab.nodes["node2"].pids("qwenvl_dist train"))
-            )
+                seen.append(last_step(run))
+            return bool(seen) and seen[-1] >= seen[0] + 2
 
-        wait_for(reached, PATIENCE, lambda: f"start {start}: {log.read_text()}", 0.1)
-        return box[-1]
+        wait_for(reached, PATIENCE, lambda: f"start {start}: {log.read_text()}", 0.05)
 
     # A job of a partition that comes first wants the nodes.
     trains_in(0)
-    comment = re.compile(r"step \d+, epoch \d\.\d\d, loss \d\.\d+, [\d.]+ samples/s, start 1, 2 nodes")
-    wait_for(lambda: comment.match(lab.run("squeue", "-h", "-j", job, "-o", "%k")), 20, log.read_text)
-    urgent = lab.run(
-        "sbatch", "--parsable", "-p", "urgent", "--nodes=3", "--exclusive", "--wrap=true"
-    ).strip()
-    lab.wait(urgent, PATIENCE)
+    assert (
+        len(lab.nodes["node2"].run("ls", scratch).split()) > 4
+    )  # shards and indexes, on the node's own disk
+    urgent = ["-p", "urgent", "--nodes=3", "--exclusive", "--output=/dev/null", "--wrap=true"]
+    lab.wait(lab.run("sbatch", "--parsable", *urgent).strip(), PATIENCE)
     # The warning of a time limit.
     trains_in(1)
     lab.run("scancel", "--batch", "--signal=USR1", job)
     # Requeued from outside without a warning, as Slurm itself does it when a node dies.
     trains_in(2)
     lab.run("scontrol", "requeue", job)
+    comment = re.compile(r"step \d+, epoch \d+\.\d\d, loss \d\.\d+, [\d.]+ samples/s, start 4, 2 nodes")
+    wait_for(lambda: comment.match(lab.run("squeue", "-h", "-j", job, "-o", "%k")), PATIENCE, log.read_text)
     ended = lab.wait(job, PATIENCE)
 
     assert (ended["JobState"], ended["ExitCode"], ended["Restarts"]) == ("COMPLETED", "0:0", "3"), (
@@ -84,7 +61,59 @@ def test_a_job_that_is_preempted_three_times_ends_as_the_unbroken_run(
     assert ledger(run) == ledger(straight)
     assert losses(run) == pytest.approx(losses(straight), rel=1e-4)
     for node in ("node1", "node2"):
-        assert [(run / "logs" / f"{job}.{restart}.{node}.log").is_file() for restart in range(4)] == [
-            True
-        ] * 4
-    assert not list(lab.folder.glob("scratch/*")), "the nodes' scratch is their own"
+        assert all((run / "logs" / f"{job}.{restart}.{node}.log").is_file() for restart in range(4))
+
+
+def test_a_crash_is_retried_after_progress_and_a_crash_loop_stops_with_the_reason(
+    lab: Lab, scenes_base: Path, scene_shards: Path, tmp_path: Path
+) -> None:
+    run, log = tmp_path / "run", tmp_path / "job.log"
+    recipe = write_lab_recipe(tmp_path / "run.yaml", scenes_base, scene_shards)
+    job = submit(lab, recipe, "train.resume=never", log=log)
+    killed = lab.nodes["node2"]
+
+    wait_for(lambda: any((run / "checkpoints").glob("step-*")), PATIENCE, log.read_text)
+    (rank,) = killed.pids(RANK)
+    os.kill(rank, signal.SIGKILL)
+    wait_for(lambda: len(starts(run, job)) == 2, PATIENCE, log.read_text)
+    lines = log.read_text().splitlines()
+    assert f"see the log of the failing rank: {run}/logs/{job}.0.node2.log" in lines
+    assert any(line.startswith("rank 1 on node2: ended by SIGKILL") for line in lines), lines
+
+    # This time before it has done anything, on both nodes.
+    nodes = [lab.nodes["node1"], killed]
+    wait_for(lambda: all(node.pids(RANK) for node in nodes), PATIENCE, log.read_text)
+    before = sorted(path.name for path in (run / "checkpoints").iterdir())
+    for node in nodes:
+        os.kill(node.pids(RANK)[0], signal.SIGKILL)
+    ended = lab.wait(job, PATIENCE)
+    assert (ended["JobState"], ended["ExitCode"], ended["Restarts"]) == ("FAILED", "1:0", "1")
+    *_, why, last = log.read_text().splitlines()
+    assert (
+        why == "not started again: this start crashed before it wrote a checkpoint, and so would the next one"
+    )
+    assert re.fullmatch(
+        rf"see the log of the (failing rank|first node): {run}/logs/{job}\.1\.node\d\.log", last
+    )
+    assert sorted(path.name for path in (run / "checkpoints").iterdir()) == before
+    assert not (run / "discarded").exists(), (
+        "the second start went on, whatever train.resume said of the first"
+    )
+
+
+def test_a_wrong_recipe_ends_at_once_and_a_cancelled_job_stays_so(
+    lab: Lab, scenes_base: Path, scene_shards: Path, tmp_path: Path
+) -> None:
+    recipe = write_lab_recipe(tmp_path / "run.yaml", scenes_base, scene_shards)
+    wrong = submit(lab, recipe, "train.global_batch_size=5", log=tmp_path / "wrong.log")
+    ended = lab.wait(wrong, 30)
+    assert (ended["JobState"], ended["ExitCode"]) == ("FAILED", "2:0")
+    assert "error: train.global_batch_size = 5: must be a multiple" in (tmp_path / "wrong.log").read_text()
+
+    job = submit(lab, recipe, log=tmp_path / "job.log")
+    wait_for(lambda: lab.nodes["node2"].pids(RANK), PATIENCE, (tmp_path / "job.log").read_text)
+    lab.run("scancel", job)
+    wait_for(lambda: not lab.run("squeue", "-h").strip(), 30, lambda: lab.run("squeue"))
+    ended = lab.job(job)
+    assert (ended["JobState"], ended["Restarts"]) == ("CANCELLED", "0")
+    assert not any(node.pids("qwenvl_dist") for node in lab.nodes.values())
