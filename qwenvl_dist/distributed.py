@@ -284,7 +284,9 @@ def start(recipe: Recipe, startup: StartUp | None = None) -> Accelerator:
 @contextmanager
 def host_ranks_or_one(timeout_seconds: float) -> Iterator[HostGroup | OneRank]:
     """Join the other ranks where a launcher started some, as `host_ranks` does. Collective."""
-    if Topology.from_environment().world_size == 1:
+    topology = Topology.from_environment()
+    if topology.world_size == 1:
+        check_launch(topology)
         yield OneRank()
         return
     with host_ranks(timeout_seconds) as host:
