@@ -286,7 +286,7 @@ def host_ranks_or_one(timeout_seconds: float) -> Iterator[HostGroup | OneRank]:
     """Join the other ranks where a launcher started some, as `host_ranks` does. Collective."""
     topology = Topology.from_environment()
     if topology.world_size == 1:
-        check_launch(topology)
+        require_whole_world()
         yield OneRank()
         return
     with host_ranks(timeout_seconds) as host:
