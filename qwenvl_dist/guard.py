@@ -66,12 +66,18 @@ class Guard:
 
     def __enter__(self) -> Self:
         """Start to look."""
-        threading.Thread(target=self._watch_on, name="guard", daemon=True).start()
+        self._thread = threading.Thread(target=self._watch_on, name="guard", daemon=True)
+        self._thread.start()
         return self
 
     def __exit__(self, *exc_info: object) -> None:
-        """Look no more."""
+        """Look no more.
+
+        A thread that goes on while the interpreter ends may be the one that the garbage collector runs in, and aborts
+        the process inside torch's destructors.
+        """
         self._left.set()
+        self._thread.join(10 * LOOK_EVERY_SECONDS)
 
     def _watch_on(self) -> None:
         while not self._left.wait(LOOK_EVERY_SECONDS):

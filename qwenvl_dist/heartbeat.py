@@ -6,6 +6,7 @@ does not come back to Python at all, so that this needs a thread of its own (qwe
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import json
 import os
@@ -143,12 +144,14 @@ class Heartbeat:
         self._guard.release(self._store_is_silent)
         self._guard.tell_others = lambda reason: None
         self._left.set()
-        self._thread.join(2 * BEAT_EVERY_SECONDS)
+        self._thread.join(2 * _STORE_SECONDS)
         if error is None:
             self._end = "finished"
         elif not follows:
             self._end, self._reason = kind_of(error), reason_of(error)
         _within(_STORE_SECONDS, lambda: self._say_last(blame))
+        if error is None:  # rank 0's end takes the store away: not before all have spoken
+            self._host.barrier()
         alone = blame or not isinstance(error, CheckFailed | UserError | None)  # those meet all ranks alike
         if alone and self._host.rank == 0:
             time.sleep(_LINGER_SECONDS)
@@ -324,7 +327,10 @@ def _within(seconds: float, work: Any) -> Any:
         except Exception as error:
             answers.put(error)
 
-    threading.Thread(target=run, daemon=True).start()
+    thread = threading.Thread(target=run, daemon=True)
+    # An interpreter that ends under a thread inside the store's C++ aborts the process.
+    atexit.register(thread.join, seconds)
+    thread.start()
     try:
         return answers.get(timeout=seconds)
     except queue.Empty:
