@@ -22,7 +22,7 @@ from traceback import walk_tb
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
-from qwenvl_dist.errors import CheckFailed
+from qwenvl_dist.errors import CheckFailed, UserError
 from qwenvl_dist.guard import LOOK_EVERY_SECONDS, Guard, RunningTime
 from qwenvl_dist.outcome import kind_of, reason_of
 
@@ -152,7 +152,8 @@ class Heartbeat:
         _within(_STORE_SECONDS, lambda: self._say_last(blame))
         if error is None:  # rank 0's end takes the store away: not before all have spoken
             self._host.barrier()
-        if error is not None and self._host.rank == 0:
+        alone = blame or not isinstance(error, CheckFailed | UserError | None)  # those meet all ranks alike
+        if alone and self._host.rank == 0:
             time.sleep(_LINGER_SECONDS)
         if blame:
             raise CheckFailed(blame) from error
