@@ -8,10 +8,10 @@ node_rank=$1 nodes=$2 main_host=$3 port=$4
 shift 4
 per_node=${QWENVL_PROCESSES_PER_NODE:-${SLURM_GPUS_ON_NODE:-1}}
 
-zero_stage=2 zero_file=ds_configs/zero2.json
+zero_stage=2 zero_file=ds_configs/zero2.json timeout_seconds=600
 if [ "$1" = train ]; then
   layout=$($QWENVL_PREFIX qwenvl-dist job layout "${@:2}")
-  eval "$layout"  # zero_stage and zero_file as the recipe has them
+  eval "$layout"  # zero_stage, zero_file and timeout_seconds as the recipe has them
   if [ -n "$QWENVL_SCRATCH" ]; then
     if mkdir -p "$QWENVL_SCRATCH" && [ -w "$QWENVL_SCRATCH" ]; then
       set -- "$@" "data.cache_dir=$QWENVL_SCRATCH"
@@ -27,4 +27,5 @@ export QWENVL_WORLD_SIZE=$((nodes * per_node))  # each rank makes sure that it i
 trap "" USR1  # the scheduler's warning is for the ranks, which listen for it; their launcher would die of it
 exec $QWENVL_PREFIX accelerate launch --config_file "launch/accelerate/${QWENVL_DEVICE}_zero${zero_stage}_multinode.yaml" \
   --deepspeed_config_file "$zero_file" --num_machines "$nodes" --num_processes "$QWENVL_WORLD_SIZE" \
-  --machine_rank "$node_rank" --main_process_ip "$main_host" --main_process_port "$port" -m qwenvl_dist "$@"
+  --machine_rank "$node_rank" --main_process_ip "$main_host" --main_process_port "$port" \
+  --rdzv_conf "timeout=$timeout_seconds" -m qwenvl_dist "$@"  # so long the launchers wait for each other

@@ -49,6 +49,9 @@ class Guard:
 
     def __init__(self, outcome: Outcome | None = None) -> None:
         self.outcome = outcome or Outcome()
+        self.tell_others: Callable[[str], object] = lambda reason: (
+            None
+        )  # why this process ends; takes some seconds
         self._checks: list[Check] = []
         self._left = threading.Event()
 
@@ -63,19 +66,30 @@ class Guard:
 
     def __enter__(self) -> Self:
         """Start to look."""
-        threading.Thread(target=self._look, name="guard", daemon=True).start()
+        self._thread = threading.Thread(target=self._watch_on, name="guard", daemon=True)
+        self._thread.start()
         return self
 
     def __exit__(self, *exc_info: object) -> None:
-        """Look no more."""
-        self._left.set()
+        """Look no more.
 
-    def _look(self) -> None:
+        A thread that goes on while the interpreter ends may be the one that the garbage collector runs in, and aborts
+        the process inside torch's destructors.
+        """
+        self._left.set()
+        self._thread.join(10 * LOOK_EVERY_SECONDS)
+
+    def _watch_on(self) -> None:
         while not self._left.wait(LOOK_EVERY_SECONDS):
-            for check in list(self._checks):
-                answer = check()
-                if answer and not self._left.is_set():
-                    self.end(answer)
+            answer = self.look()
+            if answer and not self._left.is_set():
+                self.outcome.write("failed", answer)
+                self.tell_others(answer)
+                self.end(answer)
+
+    def look(self) -> str | None:
+        """Return the first answer of a check."""
+        return next((answer for check in list(self._checks) if (answer := check())), None)
 
     def end(self, reason: str) -> NoReturn:
         """Leave at once: other ranks, and a main thread that may wait for ever, must not hold this up."""

@@ -6,6 +6,7 @@ does not come back to Python at all, so that this needs a thread of its own (qwe
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import json
 import os
@@ -21,7 +22,7 @@ from traceback import walk_tb
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
-from qwenvl_dist.errors import CheckFailed
+from qwenvl_dist.errors import CheckFailed, UserError
 from qwenvl_dist.guard import LOOK_EVERY_SECONDS, Guard, RunningTime
 from qwenvl_dist.outcome import kind_of, reason_of
 
@@ -96,7 +97,10 @@ class Heartbeat:
     def __init__(self, host: HostGroup, guard: Guard, timeout_seconds: float) -> None:
         self._host, self._guard = host, guard
         # Ahead of the collectives: NCCL's ends the process without a word from Python.
-        self._limit = collective_seconds(timeout_seconds) - 2 * BEAT_EVERY_SECONDS
+        limit = collective_seconds(timeout_seconds) - 2 * BEAT_EVERY_SECONDS
+        # Rank 0 of a large world looks at a part of it each time, and at all of it in a twentieth of the limit.
+        self._at_once = max(64, int(host.world_size * BEAT_EVERY_SECONDS / (limit / 20)) + 1)
+        self._limit = limit - BEAT_EVERY_SECONDS * ((host.world_size - 1) // self._at_once)
         self._timeout_seconds = timeout_seconds
         self._name = socket.gethostname()
         self._left = threading.Event()
@@ -104,7 +108,8 @@ class Heartbeat:
         self._place, self._there = "", RunningTime()
         self._end, self._reason = "", ""
         self._unanswered = RunningTime()  # of the store
-        self._others: dict[int, tuple[bytes, RunningTime]] = {}
+        self._clock, self._looks = RunningTime(), 0
+        self._others: dict[int, tuple[bytes, float]] = {}  # what was last heard, and when by the clock
         self._thread: threading.Thread | None = None
 
     # --- the block ---------------------------------------------------------------------------------------------
@@ -119,9 +124,11 @@ class Heartbeat:
             self._store.set(_VERDICT, "")
         self._host.barrier()  # from now on every key can be read without waiting for it
         self._unanswered.reset()
+        self._others = self._watched()
         self._thread = threading.Thread(target=self._beat, name="heartbeat", daemon=True)
         self._thread.start()
         self._guard.watch(self._store_is_silent)
+        self._guard.tell_others = self._say_why
         return self
 
     def __exit__(
@@ -135,14 +142,18 @@ class Heartbeat:
             self._end = "followed"  # before the others ask who did not come
         blame = self.explain() if follows else None
         self._guard.release(self._store_is_silent)
+        self._guard.tell_others = lambda reason: None
         self._left.set()
-        self._thread.join(2 * BEAT_EVERY_SECONDS)
+        self._thread.join(2 * _STORE_SECONDS)
         if error is None:
             self._end = "finished"
         elif not follows:
             self._end, self._reason = kind_of(error), reason_of(error)
         _within(_STORE_SECONDS, lambda: self._say_last(blame))
-        if error is not None and self._host.rank == 0:
+        if error is None:  # rank 0's end takes the store away: not before all have spoken
+            self._host.barrier()
+        alone = blame or not isinstance(error, CheckFailed | UserError | None)  # those meet all ranks alike
+        if alone and self._host.rank == 0:
             time.sleep(_LINGER_SECONDS)
         if blame:
             raise CheckFailed(blame) from error
@@ -166,38 +177,48 @@ class Heartbeat:
         store.set(str(self._host.rank), beat.write())
 
     def _beat(self) -> None:
-        ranks = range(1, self._host.world_size) if self._host.rank == 0 else [0]
-        self._others = {rank: (b"", RunningTime()) for rank in ranks}
-        keys = [_VERDICT, *map(str, ranks)]
         while not self._left.wait(BEAT_EVERY_SECONDS):
             try:
-                self._say(self._store)
-                verdict, *beats = self._store.multi_get(keys)
+                verdict, silent = self._exchange()
             except Exception:  # whatever it is, the store has not answered; how long, the guard looks at
                 with contextlib.suppress(Exception):
                     self._store = _connect(_STORE_SECONDS)
                 continue
             self._exchanges += 1
-            if verdict and not self._left.is_set():
-                self._guard.end(verdict.decode())
-            silent = self._silent(dict(zip(ranks, beats, strict=True)))
-            if silent and not self._left.is_set():
-                reason = f"{silent}; {_ADVICE}"
+            if self._left.is_set():
+                break
+            if verdict:
+                self._guard.end(verdict)
+            if silent:
                 if self._host.rank == 0:
                     with contextlib.suppress(Exception):
-                        self._store.set(_VERDICT, reason)
+                        self._store.set(_VERDICT, silent)
                     time.sleep(_LINGER_SECONDS)
-                self._guard.end(reason)
+                self._guard.end(silent)
+
+    def _watched(self) -> dict[int, tuple[bytes, float]]:
+        self._clock.reset()
+        return dict.fromkeys(range(1, self._host.world_size) if self._host.rank == 0 else [0], (b"", 0.0))
+
+    def _exchange(self) -> tuple[str, str]:
+        """Beat, and return rank 0's verdict and what this rank itself has to say of silent ones; "" for neither."""
+        self._say(self._store)
+        ranks = list(self._others)
+        first = self._looks * self._at_once % (-(-len(ranks) // self._at_once) * self._at_once)
+        self._looks += 1
+        some = ranks[first : first + self._at_once]
+        verdict, *beats = self._store.multi_get([_VERDICT, *map(str, some)])
+        silent = self._silent(dict(zip(some, beats, strict=True)))
+        return verdict.decode(), f"{silent}; {_ADVICE}" if silent else ""
 
     def _silent(self, beats: dict[int, bytes]) -> str:
         """Name the ranks that have been silent for the whole time-out, "" when there is none."""
-        gone = {}
+        gone, now = {}, self._clock.tick()
         for rank, data in beats.items():
-            before, silence = self._others[rank]
+            before, heard = self._others[rank]
             if data != before:
-                self._others[rank] = (data, silence)
-                silence.reset()
-            elif silence.tick() >= self._limit and not Beat.read(data).end:
+                self._others[rank] = (data, now)
+            elif now - heard >= self._limit and not Beat.read(data).end:
                 gone[rank] = Beat.read(data)
         return _no_answer(gone, f"for {self._limit:.0f} s") if gone else ""
 
@@ -209,6 +230,12 @@ class Heartbeat:
         if self._unanswered.tick() < self._limit:
             return None
         return f"{_store_gone(f'for {self._limit:.0f} s')}; {_ADVICE}"
+
+    def _say_why(self, reason: str) -> None:
+        """Tell the others, for the guard, why this rank ends, if the store has answered lately."""
+        if self._unanswered.seconds < _STORE_SECONDS:
+            self._end, self._reason = "failed", reason
+            _within(_STORE_SECONDS, lambda: self._say(_connect(_STORE_SECONDS)))
 
     # --- after a failure ---------------------------------------------------------------------------------------
 
@@ -300,7 +327,10 @@ def _within(seconds: float, work: Any) -> Any:
         except Exception as error:
             answers.put(error)
 
-    threading.Thread(target=run, daemon=True).start()
+    thread = threading.Thread(target=run, daemon=True)
+    # An interpreter that ends under a thread inside the store's C++ aborts the process.
+    atexit.register(thread.join, seconds)
+    thread.start()
     try:
         return answers.get(timeout=seconds)
     except queue.Empty:

@@ -59,6 +59,7 @@ def _run_layout(args: argparse.Namespace) -> int:
     _assign(
         zero_stage=str(deepspeed_config(recipe)["zero_optimization"]["stage"]),
         zero_file=recipe.deepspeed.config or str(shipped_deepspeed_config("zero2.json")),
+        timeout_seconds=str(recipe.train.timeout_seconds),
         run=recipe.train.output_dir,
         base=recipe.model.base,
         train_shards=recipe.data.train,
