@@ -21,7 +21,8 @@ all others and takes network and mounts along; nothing needs to be cleaned up, e
         lab.quiet()                                             # at the end: no job, no cut cable, no process left
 
 `ForkedRanks(train_on_nodes, (recipe, lab.places("node1", "node2"), overrides), 2, log)` of tests/training/forked.py
-starts ranks on the nodes from a process that has imported everything: a second instead of ten, but no launcher above.
+starts ranks on the nodes from a process that has imported everything: a second instead of ten, but no launcher above,
+and their disks and processes are those of the machine.
 """
 
 from __future__ import annotations
@@ -45,7 +46,6 @@ PACKAGES = ("slurmctld", "slurmd", "slurm-client", "munge", "iproute2", "openssh
 NETWORK = "10.77.0"  # of each lab's own: two labs never meet
 SCRATCH_MIB = 64
 ENDED = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY", "DEADLINE")
-_NAMESPACES = ("pid", "net", "uts", "mnt", "ipc")
 
 SLURM_CONF = """\
 ClusterName=lab
@@ -240,7 +240,8 @@ class Lab:
             "PYTHONPATH": python_path,
             "SLURM_CONF": str(self.folder / "etc" / "slurm.conf"),
         }
-        return {**own, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", **fixed, **(more or {})}
+        always = {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "PYTHONFAULTHANDLER": "1"}
+        return {**own, **always, **fixed, **(more or {})}
 
     def run(self, *words: str | Path, **options: object) -> str:
         """Run a command on the controller; see `Node.run`."""
@@ -418,15 +419,13 @@ def wait_for(
 
 
 def enter(pid: int) -> None:
-    """Move this process, which must have one thread, to the host whose first process this is; its pid stays."""
+    """Give this process the network and the name of the host whose first process this is."""
     libc = ctypes.CDLL(None, use_errno=True)
-    descriptors = [os.open(f"/proc/{pid}/ns/{name}", os.O_RDONLY) for name in _NAMESPACES if name != "pid"]
-    here = Path.cwd()
-    for descriptor in descriptors:
+    for name in ("net", "uts"):
+        descriptor = os.open(f"/proc/{pid}/ns/{name}", os.O_RDONLY)
         if libc.setns(descriptor, 0):
-            raise OSError(ctypes.get_errno(), "setns")
+            raise OSError(ctypes.get_errno(), f"setns {name}")
         os.close(descriptor)
-    os.chdir(here)
 
 
 def train_on_nodes(recipe: str, places: Sequence[tuple[int, str]], overrides: Sequence[str] = ()) -> None:
@@ -436,6 +435,7 @@ def train_on_nodes(recipe: str, places: Sequence[tuple[int, str]], overrides: Se
     rank = int(os.environ["RANK"])
     pid, main_address = places[rank]
     enter(pid)
+    os.environ.update(GLOO_SOCKET_IFNAME="eth0")  # the machine's /etc/hosts does not know the host
     os.environ.update(MASTER_ADDR=main_address, LOCAL_RANK="0", LOCAL_WORLD_SIZE="1", GROUP_RANK=str(rank))
     train(recipe, *overrides)
 
