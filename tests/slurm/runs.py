@@ -13,11 +13,11 @@ TWO_NODES = ["--nodes=2", "--gpus-per-node=1"]
 
 
 def write_lab_recipe(path: Path, base: Path, shards: Path, stage: int = 2, **train: Any) -> Path:
-    """Write a recipe of 80 steps of six samples for one, two or three ranks; its output has its name."""
+    """Write a recipe of 60 steps of six samples for one, two or three ranks; its output has its name."""
     sections = {
         "data": {"micro_batch_size": 1, "workers": 0},
         "train": {
-            "max_steps": None, "epochs": 12, "grad_accum_steps": None, "global_batch_size": 6,
+            "max_steps": None, "epochs": 9, "grad_accum_steps": None, "global_batch_size": 6,
             "checkpoint_every_steps": 4, "timeout_seconds": 30, **train,
         },
     }  # fmt: skip

@@ -21,7 +21,14 @@ def test_multi_node_by_ssh_and_by_hand(
     recipe = write_lab_recipe(tmp_path / "run.yaml", scenes_base, scene_shards)
     # What a login gives is another environment: the site file names this one.
     site = tmp_path / "site.env"
-    names = ("PATH", "PYTHONPATH", "TORCH_EXTENSIONS_DIR", "HF_HUB_OFFLINE", "OMP_NUM_THREADS")
+    names = (
+        "PATH",
+        "PYTHONPATH",
+        "TORCH_EXTENSIONS_DIR",
+        "HF_HUB_OFFLINE",
+        "OMP_NUM_THREADS",
+        "PYTHONFAULTHANDLER",
+    )
     mine = lab.environment()
     exports = [f"export {name}={mine[name]!r}" for name in names if name in mine]
     site.write_text("\n".join([*exports, "source slurm/site.env", ""]))
