@@ -3,6 +3,7 @@
 The times that are printed are those of the table in docs/cluster.md.
 """
 
+import ctypes
 import json
 import os
 import re
@@ -17,7 +18,7 @@ import pytest
 from qwenvl_dist.checkpoints import manifest as manifests
 from qwenvl_dist.data.index import Manifest, index_path, load_shard_index
 from qwenvl_dist.data.plan import RunPlan
-from tests.slurm.lab import Lab, Node, train_on_nodes, wait_for
+from tests.slurm.lab import Lab, Node, enter, wait_for
 from tests.slurm.runs import CPU, PATIENCE, RANK, TWO_NODES, last_step, starts, write_lab_recipe
 from tests.training import forked
 from tests.training.forked import ForkedRanks
@@ -147,6 +148,26 @@ def test_a_job_goes_on_after_whatever_befalls_one_of_its_nodes(
 # --- without Slurm: ranks on the hosts, each of them a fork of a process that has imported everything -----------------
 
 
+def train_on_a_node(recipe: str, places: list[tuple[int, str]], overrides: list[str]) -> None:
+    """One forked rank: go to its node, whose disks and /etc/hosts it gets too, and train."""
+    pid, main_address = places[int(os.environ["RANK"])]
+    libc, here = ctypes.CDLL(None, use_errno=True), Path.cwd()
+    descriptor = os.open(f"/proc/{pid}/ns/mnt", os.O_RDONLY)
+    new_mounts = (
+        0x20000  # CLONE_NEWNS: /proc must be that of this process, which stays among those of the machine
+    )
+    if (
+        libc.setns(descriptor, 0)
+        or libc.unshare(new_mounts)
+        or libc.mount(b"proc", b"/proc", b"proc", 0, None)
+    ):
+        raise OSError(ctypes.get_errno(), "no mounts of the node")
+    os.chdir(here)
+    enter(pid)
+    os.environ.update(MASTER_ADDR=main_address, LOCAL_RANK="0", LOCAL_WORLD_SIZE="1")
+    forked.train(recipe, *overrides)
+
+
 def out_of_memory(recipe: str, places: list[tuple[int, str]], overrides: list[str]) -> None:
     """One forked rank on its node; rank 1 asks for more memory than there is in step 7."""
     import torch
@@ -161,7 +182,7 @@ def out_of_memory(recipe: str, places: list[tuple[int, str]], overrides: list[st
         return step(state, *arguments)
 
     loop.train_step = hungry
-    train_on_nodes(recipe, places, overrides)
+    train_on_a_node(recipe, places, overrides)
 
 
 class OnNodes:
@@ -176,7 +197,7 @@ class OnNodes:
         self.outcomes: dict[int, dict[str, Any]] = {}
         self.ranks: ForkedRanks | None = None
 
-    def start(self, *overrides: str, target: Callable[..., None] = train_on_nodes) -> ForkedRanks:
+    def start(self, *overrides: str, target: Callable[..., None] = train_on_a_node) -> ForkedRanks:
         places = self.lab.places("node1", "node2")
         variables = {"QWENVL_OUTCOME_DIR": str(self.folder / "outcomes")}
         self.ranks = ForkedRanks(
