@@ -27,7 +27,7 @@ while [[ ${1:-} == --* ]]; do
 done
 [ $# -gt 0 ] || stop "name a recipe; the head of slurm/submit.sh tells more"
 layout=$($QWENVL_PREFIX qwenvl-dist job layout "$@")
-eval "$layout"  # run, base, train_shards, validation_shards
+eval "$layout"  # run, base, train_shards, validation_shards, image_size, resize, dtype
 merged=${merged:-$run/merged}
 
 after=""  # the job that the next one waits for
@@ -54,7 +54,7 @@ if [ -n "$captions" ]; then pack "$train_shards" "$captions" "$images"; fi
 after=${after:-$packed}${after:+${packed:+:$packed}}
 if [ -n "$encode" ]; then
   submit "encode $encode" $QWENVL_GPU_OPTIONS --nodes="$nodes" --gpus-per-node="$gpus" slurm/encode.sbatch \
-    "$train_shards" --base "$base" --out "$encode"
+    "$train_shards" --base "$base" --out "$encode" --image-size "$image_size" --resize "$resize" --dtype "$dtype"
   set -- "$@" "data.train=$encode"
 fi
 submit "train $run" $QWENVL_GPU_OPTIONS --nodes="$nodes" --gpus-per-node="$gpus" slurm/train.sbatch "$@"

@@ -56,6 +56,7 @@ def _run_layout(args: argparse.Namespace) -> int:
     from qwenvl_dist.distributed import deepspeed_config, shipped_deepspeed_config
 
     recipe = load_recipe(args.recipe, args.overrides)
+    size = recipe.data.image_size
     _assign(
         zero_stage=str(deepspeed_config(recipe)["zero_optimization"]["stage"]),
         zero_file=recipe.deepspeed.config or str(shipped_deepspeed_config("zero2.json")),
@@ -64,6 +65,9 @@ def _run_layout(args: argparse.Namespace) -> int:
         base=recipe.model.base,
         train_shards=recipe.data.train,
         validation_shards=recipe.data.validation or "",
+        image_size=str(size) if isinstance(size, int) else f"{size.min_pixels},{size.max_pixels}",
+        resize=recipe.data.resize,
+        dtype=recipe.model.dtype,
     )
     return 0
 
