@@ -5,7 +5,7 @@ Layers; imports point downward only:
 4  commands                              parse, build, call
 3  training   merge   evaluate   bench   none of them imports another
 2  data   model   checkpoints            data never imports model: the processor is passed in
-1  config   distributed   logs   errors   startup   jobs   synthetic
+1  config   distributed   heartbeat   guard   launched   outcome   jobs   logs   errors   startup   synthetic
 
 The way of a sample: data.formats -> data.pack -> shards -> data.plan + data.source -> data.stream -> CaptionBatch ->
 model.forward -> training.step -> training.checkpoint -> checkpoints.zero -> merge -> evaluate.
