@@ -102,7 +102,7 @@ def test_wrong_data_value_is_one_line_with_key_value_rule_and_remedy(tmp_path: P
     [
         ("dta: {train: x}", "unknown key 'dta'; did you mean 'data'?"),
         (DATA + "lora: {rnak: 8}", "unknown key 'lora.rnak'; did you mean 'rank'?"),
-        (DATA + "zzz: 1", "unknown key 'zzz'; known keys: model, lora, data, optim, train, deepspeed, tracking"),
+        (DATA + "zzz: 1", "unknown key 'zzz'; known keys: model, lora, data, optim, train, eval, deepspeed, tracking"),
         ("data: {train: x, image_size: {min_pixel: 1}}", "'data.image_size.min_pixel'; did you mean 'min_pixels'?"),
         ("data: {train: x, int: 1}", "unknown key 'data.int'; "),
         ("data: {train: x, 1: 2}", "unknown key 'data.1'; known keys: train, validation, image_size"),

@@ -80,7 +80,7 @@ def logged(monkeypatch: pytest.MonkeyPatch, names: tuple[str, str]) -> dict[str,
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: names[0])
     monkeypatch.setattr(metrics, "work_of", lambda _, batch: SimpleNamespace(flops=batch))
     monkeypatch.setattr(metrics, "peak_memory_gib", lambda: 1.0)
-    other = (0.0, 121_000_000_000_000, mfu.peak_flops(names[1]))
+    other = (0.0, 121_000_000_000_000, mfu.peak_flops(names[1]), 0.5, "other-host")
     host = SimpleNamespace(gather=lambda value: [value, other], max=lambda *values: values)
     state: Any = SimpleNamespace(
         recipe=recipe(),
@@ -91,6 +91,7 @@ def logged(monkeypatch: pytest.MonkeyPatch, names: tuple[str, str]) -> dict[str,
         identity=SimpleNamespace(samples_per_epoch=8),
         batches=SimpleNamespace(layout=SimpleNamespace(steps=lambda _: 0)),
         total_samples=8,
+        pace=SimpleNamespace(take=lambda: 0.5),
     )
     history: Any = SimpleNamespace(metrics=lambda _: None)
     measured = metrics.Metrics(state, history)
