@@ -57,7 +57,10 @@ def test_a_job_that_is_preempted_three_times_ends_as_the_unbroken_run(
     assert (ended["JobState"], ended["ExitCode"], ended["Restarts"]) == ("COMPLETED", "0:0", "3"), (
         log.read_text()
     )
-    assert [start["result"] for start in starts(run, job)] == ["preempted", "preempted", None, "finished"]
+    results = [start["result"] for start in starts(run, job)]
+    # Requeued from outside, a start ends before it can say so, or just after its ranks have seen SIGTERM.
+    assert [*results[:2], *results[3:]] == ["preempted", "preempted", "finished"]
+    assert results[2] in (None, "preempted")
     assert ledger(run) == ledger(straight)
     assert losses(run) == pytest.approx(losses(straight), rel=1e-4)
     for node in ("node1", "node2"):
