@@ -14,6 +14,7 @@ from tests.training.runs import read_lines
 pytestmark = [
     pytest.mark.dist,
     pytest.mark.slow,
+    pytest.mark.timeout(1000),  # fifty steps with a vocabulary of 152k on two cores
     pytest.mark.skipif(shutil.which("java") is None, reason="no Java here"),
 ]
 PHOTOS = 16

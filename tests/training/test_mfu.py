@@ -84,6 +84,7 @@ def logged(monkeypatch: pytest.MonkeyPatch, names: tuple[str, str]) -> dict[str,
     host = SimpleNamespace(gather=lambda value: [value, other], max=lambda *values: values)
     state: Any = SimpleNamespace(
         recipe=recipe(),
+        topology=SimpleNamespace(is_main=True),
         host=host,
         accelerator=SimpleNamespace(device=torch.device("cuda"), log=lambda *_, **__: None),
         engine=SimpleNamespace(get_global_grad_norm=lambda: 1.0),
