@@ -137,9 +137,9 @@ def figures(run: RunFolder) -> list[Figure]:
     found: list[Figure] = []
 
     def curve(label: str, lines: Sequence[Record], key: str, factor: float = 1.0) -> Curve | None:
-        known = [line for line in lines if isinstance(line.get(key), int | float)]
-        values = [line[key] * factor for line in known]
-        return Curve(label, [line["step"] for line in known], values) if known else None
+        known = [(line["step"], _value(line, key)) for line in lines]
+        points = [(step, value * factor) for step, value in known if isinstance(value, int | float)]
+        return Curve(label, *zip(*points, strict=True)) if points else None
 
     def add(name: str, title: str, curves: Sequence[Curve | None], from_zero: bool = True) -> None:
         shown = [each for each in curves if each is not None]
@@ -163,9 +163,19 @@ def figures(run: RunFolder) -> list[Figure]:
     add(
         "wait", "Waiting for data, % of the time", [curve("slowest rank", steps, "data_wait_fraction", 100.0)]
     )
+    paces = [curve(f"{name} node", steps, f"own_seconds/{name}") for name in ("slowest", "median", "fastest")]
+    add("pace", "Seconds before waiting for others, a step", paces)
     add("memory", "Peak memory, GiB", [curve("largest rank", steps, "peak_memory_gib")])
     add("mfu", "Model FLOPs utilisation, %", [curve("mean of ranks", steps, "mfu", 100.0)])
     return found
+
+
+def _value(line: Record, key: str) -> Any:
+    """Return what stands under a key, or under keys with a slash between them."""
+    value: Any = line
+    for part in key.split("/"):
+        value = value.get(part) if isinstance(value, dict) else None
+    return value
 
 
 def in_words(curve: Curve) -> str:
@@ -220,11 +230,9 @@ def _picture_size(size: Any) -> str | None:
 
 
 def _global_batch(run: RunFolder, launch: Record) -> str | None:
-    micro, accumulation = run.setting("data", "micro_batch_size"), run.setting("train", "grad_accum_steps")
-    world = launch.get("world_size")
-    if not (micro and accumulation and world):
-        return None
-    return f"{micro * accumulation * world:,} samples: {micro} × accumulation {accumulation} × {world} ranks"
+    micro, world = run.setting("data", "micro_batch_size"), launch.get("world_size")
+    accumulation, size = launch.get("grad_accum_steps"), launch.get("global_batch_size")
+    return f"{size:,} samples: {micro} × accumulation {accumulation} × {world} ranks" if size else None
 
 
 def _topology(launch: Record) -> str | None:

@@ -43,6 +43,8 @@ def describe_launch(state: TrainState) -> dict[str, Any]:
         "world_size": state.topology.world_size,
         "hosts": dict(hosts),
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU",
+        "grad_accum_steps": state.batches.layout.grad_accum_steps,
+        "global_batch_size": state.batches.layout.global_batch_size,
         "zero_stage": state.engine.zero_optimization_stage(),
         "samples_per_epoch": state.identity.samples_per_epoch,
         "validation_samples": state.validation.plan.total_samples if state.validation else None,

@@ -44,7 +44,11 @@ def flat_config(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 def plain_metrics(line: Mapping[str, Any]) -> dict[str, Any]:
     """Return the numbers of a line of metrics.jsonl by flat names, without its step."""
-    return {key: value for key, value in flat_config(line).items() if key != "step" and value is not None}
+    return {
+        key: value
+        for key, value in flat_config(line).items()
+        if key != "step" and isinstance(value, int | float)
+    }
 
 
 def run_config(state: TrainState, launch: Mapping[str, Any]) -> dict[str, Any]:

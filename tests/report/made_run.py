@@ -25,13 +25,15 @@ def step_line(step: int) -> dict[str, Any]:
         "grad_norm": None if step == 7 else 1.0 / step, "samples_per_second": 100.0 + step % 5,
         "target_tokens_per_second": 1000.0, "data_wait_fraction": 0.02, "step_seconds": 0.1,
         "peak_memory_gib": 1.5, "bad_samples": 0, "target_tokens": 64,
+        "own_seconds": {"fastest": 0.1, "median": 0.1, "slowest": 0.2},
     }  # fmt: skip
 
 
 def launch(step: int, world: int, **more: Any) -> dict[str, Any]:
     return {
         "time": "2026-03-01T10:00:00+00:00", "step": step, "total_steps": 60, "world_size": world,
-        "hosts": {"node0": world}, "device": "CPU", "zero_stage": 2, "samples_per_epoch": 40, "validation_samples": 12,
+        "grad_accum_steps": 4, "global_batch_size": 16 * world, "hosts": {"node0": world}, "device": "CPU",
+        "zero_stage": 2, "samples_per_epoch": 40, "validation_samples": 12,
         "prompt": "COCO Yes:", "working_folder": "/", "git_revision": "0" * 40,
         "versions": {"torch": "2.14.1", "deepspeed": "0.19.8"},
         "deepspeed": {"zero_optimization": {"stage": 2}}, **more,

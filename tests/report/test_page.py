@@ -63,6 +63,7 @@ def test_a_resumed_unfinished_run_is_told_whole(page: Page) -> None:
         "Learning rate",
         "CIDEr of validation photos",
         "Samples per second",
+        "Seconds before waiting for others, a step",
     }
 
 
