@@ -44,8 +44,10 @@ def test_the_chain_runs_from_captions_to_an_evaluated_model(
         )
 
     # What two tasks of an array packed is what one process packs, to the byte.
-    for path in scene_shards.iterdir():
+    for path in scene_shards.glob("shard-*"):
         assert (tmp_path / "train" / path.name).read_bytes() == path.read_bytes()
+    packed, straight = Manifest.load(tmp_path / "train"), Manifest.load(scene_shards)
+    assert (packed.fingerprint, packed.shards) == (straight.fingerprint, straight.shards)
     assert len(list((tmp_path / "train").iterdir())) == len(list(scene_shards.iterdir()))
     assert Manifest.load(tmp_path / "features").samples == 40
     resolved = (run / "recipe.yaml").read_text()
