@@ -311,8 +311,10 @@ class Lab:
             for pid in self._strangers(node):
                 os.kill(pid, signal.SIGKILL)
         wait_for(lambda: not self.run("squeue", "-h").strip(), 30, lambda: self.run("squeue"))
-        # A node that was cut off for long comes back with its next message.
-        wait_for(self._idle, 60, lambda: self.run("sinfo", "-N", "-l"))
+        # A node that was cut off for long is asked again only every minute or so.
+        for name in self.nodes:
+            self.run("scontrol", "update", f"nodename={name}", "state=resume", check=False)
+        wait_for(self._idle, 180, lambda: self.run("sinfo", "-N", "-l"))
 
     def ip(self, *words: str) -> None:
         """Run `ip` where the switch is, with the processes of this machine in sight."""
