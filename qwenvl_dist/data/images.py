@@ -1,7 +1,8 @@
 """Picture bytes -> uint8 pixels at the model's size.
 
-Equal to the hub's way (`qwen_vl_utils` with Pillow's bicubic resize); JPEGs take a faster decoder that gives the same
-pixels as Pillow's.
+Equal to the hub's way (`transformers.image_utils.load_image`, then `qwen_vl_utils` with Pillow's bicubic resize);
+JPEGs take a faster decoder that gives the same pixels as Pillow's. One departure: 16 bits a channel are scaled to 8,
+where Pillow's conversion cuts everything above 255 to white.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import numpy as np
 import simplejpeg
 import torch
 from numpy.typing import NDArray
-from PIL import Image, UnidentifiedImageError
+from PIL import Image, ImageOps, UnidentifiedImageError
 from torch.nn.functional import interpolate
 
 from qwenvl_dist.errors import UserError
@@ -25,6 +26,9 @@ if TYPE_CHECKING:
     from qwenvl_dist.config import PixelRange
 
 MAX_ASPECT_RATIO = 200  # qwen_vl_utils.vision_process.MAX_RATIO
+EXIF_MARK = b"Exif\0\0"
+EXIF_WITHIN = 1 << 17  # bytes: of two segments at most, and EXIF demands to be the first
+EXIF_ORIENTATION = 0x0112
 
 
 class UnreadableImage(Exception):  # noqa: N818 (names the sample's state; counted, not fatal)
@@ -86,6 +90,9 @@ class ImageSizeRule:
 
 def to_rgb(image: Image.Image) -> Image.Image:
     """Convert any Pillow mode to RGB, transparent parts over white (as qwen_vl_utils does)."""
+    if image.mode.startswith("I;16"):
+        eight = np.asarray(image, np.float32) / 257  # 65535 -> 255
+        return Image.fromarray(eight.round().astype(np.uint8)).convert("RGB")
     if image.mode == "RGBA":
         white = Image.new("RGB", image.size, (255, 255, 255))
         white.paste(image, mask=image.getchannel("A"))
@@ -93,16 +100,29 @@ def to_rgb(image: Image.Image) -> Image.Image:
     return image.convert("RGB")
 
 
+def _is_turned(data: bytes) -> bool:
+    """Whether a JPEG's EXIF says that it is to be turned or mirrored before it is looked at."""
+    if data.find(EXIF_MARK, 0, EXIF_WITHIN) < 0:
+        return False
+    try:
+        with Image.open(io.BytesIO(data)) as image:
+            return image.getexif().get(EXIF_ORIENTATION, 1) in range(2, 9)
+    except Exception:  # damaged tags say nothing; damaged pixels show below
+        return False
+
+
 def decode(data: bytes) -> NDArray[np.uint8]:
-    """Return (height, width, 3) uint8 RGB. Raises UnreadableImage with the decoder's reason."""
+    """Return (height, width, 3) uint8 RGB, upright as EXIF says; of an animation the first frame.
+
+    Raises UnreadableImage with the decoder's reason.
+    """
     if simplejpeg.is_jpeg(data):
         try:
             height, width, colours = simplejpeg.decode_jpeg_header(data)[:3]
             # Simplejpeg's colour conversion and upsampling are libjpeg-turbo's defaults, as in Pillow: equal pixels.
             # It has no limit of size; Pillow below refuses what is beyond its own.
-            if colours in ("YCbCr", "Gray") and int(height) * int(width) <= (
-                Image.MAX_IMAGE_PIXELS or math.inf
-            ):
+            fits = int(height) * int(width) <= (Image.MAX_IMAGE_PIXELS or math.inf)
+            if colours in ("YCbCr", "Gray") and fits and not _is_turned(data):
                 return simplejpeg.decode_jpeg(data, colorspace="RGB", fastdct=False, fastupsample=False)
         except ValueError:
             pass  # strict about flaws that Pillow tolerates; Pillow's answer below decides
@@ -110,7 +130,7 @@ def decode(data: bytes) -> NDArray[np.uint8]:
         with warnings.catch_warnings():
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             with Image.open(io.BytesIO(data)) as image:
-                return np.asarray(to_rgb(image))
+                return np.asarray(to_rgb(ImageOps.exif_transpose(image)))
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise UnreadableImage(f"too large: {error}") from error
     except UnidentifiedImageError as error:

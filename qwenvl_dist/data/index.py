@@ -8,7 +8,7 @@
     offsets, sizes   (members,) int64: the first byte in the tar, the number of bytes
     crcs             (members,) uint32: crc32 of a member's bytes
     image_starts     (samples + 1,) int64: the same for pictures
-    image_sizes      (images, 2) int32: width and height as stored, no EXIF rotation; 0, 0 where unreadable
+    image_sizes      (images, 2) int32: width and height as stored, before EXIF turns it; 0, 0 where unreadable
     caption_lengths  (samples,) int32: characters of the assistant's text
 
 Its metadata has one entry, `qwenvl-dist-index`: JSON with version, shard, bytes of the tar, samples, extensions.

@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from qwen_vl_utils.vision_process import smart_resize
 from qwen_vl_utils.vision_process import to_rgb as hub_to_rgb
+from transformers.image_utils import load_image
 
 from qwenvl_dist.data.images import ImageSizeRule, UnreadableImage, decode, resize, to_rgb
 
@@ -84,11 +85,60 @@ def test_transparent_parts_lie_over_white() -> None:
     assert np.array_equal(decoded, hub_decode(encode(pixels, "PNG")))
 
 
-def test_orientation_tags_are_left_alone() -> None:
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "TIFF"])
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_orientation_is_honoured_as_transformers_does(kind: str, orientation: int) -> None:
     tags = Image.Exif()
-    tags[0x112] = 6  # rotate by 90 degrees
+    tags[0x112] = orientation
+    data = encode(smooth(40, 90), kind, exif=tags)
+    hub = np.asarray(load_image(Image.open(io.BytesIO(data))))
+    assert hub.shape == ((40, 90, 3) if orientation < 5 else (90, 40, 3))
+    assert np.array_equal(decode(data), hub)
+
+
+def test_an_orientation_nobody_defined_changes_nothing() -> None:
+    tags = Image.Exif()
+    tags[0x112] = 9
     data = encode(smooth(40, 90), exif=tags)
-    assert decode(data).shape == (40, 90, 3) and np.array_equal(decode(data), hub_decode(data))
+    assert np.array_equal(decode(data), hub_decode(data))
+
+
+def test_sixteen_bits_are_scaled_to_eight() -> None:
+    """Pillow's own conversion makes all that is above 255 of 65535 white."""
+    values = np.arange(256, dtype=np.uint16).reshape(8, 32) * 257
+    data = io.BytesIO()
+    Image.fromarray(values).save(data, "PNG")
+    assert Image.open(data).mode == "I;16"
+    assert np.array_equal(decode(data.getvalue()), np.repeat((values // 257)[:, :, None], 3, axis=2))
+
+
+@pytest.mark.parametrize("kind", ["GIF", "WEBP", "PNG", "TIFF"])
+def test_an_animation_is_its_first_frame(kind: str) -> None:
+    frames = [Image.fromarray(noise(20, 30, seed=seed)) for seed in range(3)]
+    data = io.BytesIO()
+    frames[0].save(data, kind, save_all=True, append_images=frames[1:], lossless=True)
+    assert getattr(Image.open(data), "n_frames", 1) == 3
+    assert np.array_equal(decode(data.getvalue()), hub_decode(data.getvalue()))
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"mode": "L"}, {"kind": "PNG"}, {"kind": "PNG", "mode": "RGBA"}], ids=str
+)
+def test_a_picture_of_one_pixel_becomes_one_square_of_its_colour(options: dict) -> None:
+    pixels = decode(encode(noise(1, 1), **options))
+    assert pixels.shape == (1, 1, 3)
+    rule = ImageSizeRule(None, 56 * 56, 112 * 112)
+    assert rule.target(1, 1) == (56, 56) == smart_resize(1, 1, 28, 56 * 56, 112 * 112)
+    made = resize(pixels, *rule.target(1, 1))
+    assert (made == torch.tensor(pixels[0, 0])[:, None, None]).all()
+
+
+def test_a_picture_too_narrow_for_the_hub_is_unreadable() -> None:
+    pixels = decode(encode(noise(3, 1000)))
+    with pytest.raises(ValueError):
+        smart_resize(3, 1000, 28)
+    with pytest.raises(UnreadableImage, match="1000x3 pixels: aspect ratio above 200"):
+        ImageSizeRule(None, 56 * 56, 112 * 112).target(pixels.shape[1], pixels.shape[0])
 
 
 def test_rgb_pictures_are_not_converted() -> None:
