@@ -127,6 +127,9 @@ class PixelRange(_Section):
         return self
 
 
+OverLength = Literal["cut", "drop", "shrink"]
+
+
 class DataConfig(_Section):
     """Where samples come from and how they become batches."""
 
@@ -139,7 +142,12 @@ class DataConfig(_Section):
     captions_mode: Literal["join", "each"] = "join"
     caption_mark: Annotated[str, Field(min_length=1)] = "&&"  # what separates captions in the shards' text
     max_length: Annotated[int, Field(ge=16)] = 8192  # tokens; only caption tokens are ever cut
+    # Of a sample above max_length: cut the end of its answer, drop the sample, or shrink its pictures until it fits.
+    over_length: OverLength = "cut"
+    max_visual_tokens: Annotated[int, Field(ge=1)] | None = None  # of a sample, whose pictures shrink to it
     micro_batch_size: Annotated[int, Field(ge=1)] = 4  # samples in one forward pass of one rank
+    # Of one forward pass. Then micro_batch_size is only the mean: many small samples or few large ones go together.
+    micro_batch_visual_tokens: Annotated[int, Field(ge=1)] | None = None
     workers: Annotated[int, Field(ge=0)] = 2  # loader processes per rank
     seed: Seed = 0
     shuffle_window: Annotated[int, Field(ge=1)] = 64  # shards mixed at a time
@@ -164,6 +172,47 @@ class DataConfig(_Section):
                 "must be the side of a square in pixels, such as 280, or a section with min_pixels and max_pixels"
             )
         return value
+
+    @property
+    def picture_size(self) -> int | PixelRange:
+        """The size of a sample's only picture: image_size, and no more than max_visual_tokens gives."""
+        if isinstance(self.image_size, int) or self.max_visual_tokens is None:
+            return self.image_size
+        most = min(self.image_size.max_pixels, self.max_visual_tokens * VISUAL_TOKEN_SIDE**2)
+        return PixelRange(min_pixels=min(self.image_size.min_pixels, most), max_pixels=most)
+
+    @model_validator(mode="after")
+    def _pictures_can_shrink(self) -> DataConfig:
+        if isinstance(self.image_size, int):
+            for key, value in {
+                "over_length": "shrink" if self.over_length == "shrink" else None,
+                "max_visual_tokens": self.max_visual_tokens,
+                "micro_batch_visual_tokens": self.micro_batch_visual_tokens,
+            }.items():
+                if value is not None:
+                    raise ValueError(
+                        f"{key} is {value}, but image_size is {self.image_size}: pictures of a fixed size cannot "
+                        f"shrink; give image_size a section with min_pixels and max_pixels, or drop {key}"
+                    )
+        return self
+
+    @model_validator(mode="after")
+    def _budget_can_be_kept(self) -> DataConfig:
+        budget = self.micro_batch_visual_tokens
+        if budget is None or isinstance(self.image_size, int):
+            return self
+        if not self.length_grouping:
+            raise ValueError(
+                f"micro_batch_visual_tokens is {budget} and length_grouping is false: the budget deals samples by "
+                "length; drop one of them"
+            )
+        least = self.micro_batch_size * max(1, self.image_size.min_pixels // VISUAL_TOKEN_SIDE**2)
+        if budget < least:
+            raise ValueError(
+                f"micro_batch_visual_tokens is {budget}: must be at least micro_batch_size x the tokens of "
+                f"min_pixels = {least}; raise it, or lower one of those"
+            )
+        return self
 
     @field_validator("image_size")
     @classmethod

@@ -230,6 +230,7 @@ def test_defaults_are_the_articles_run(tmp_path: Path) -> None:
     assert recipe.to_dict()["data"] == {
         "train": "shards", "validation": None, "image_size": 280, "resize": "fast",
             "captions_mode": "join", "caption_mark": "&&", "max_length": 8192,
+        "over_length": "cut", "max_visual_tokens": None, "micro_batch_visual_tokens": None,
         "micro_batch_size": 4, "workers": 2, "seed": 0, "shuffle_window": 64,
         "length_grouping": True, "ledger": False, "bad_sample_budget": 0.001,
         "cache_dir": None, "cache_gib": 100.0, "read_timeout_seconds": 60.0, "read_retries": 5,

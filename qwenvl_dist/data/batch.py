@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from enum import StrEnum
 
 import numpy as np
 import torch
@@ -22,6 +23,14 @@ class BadSampleRecord:
     reason: str
 
 
+class Adjustment(StrEnum):
+    """What was done to a sample that was too large for the recipe's limits."""
+
+    CUT = "cut"  # the end of its answer was left out
+    SHRUNK = "shrunk"  # its pictures were made smaller
+    DROPPED = "dropped"  # its slot holds a dummy
+
+
 @dataclass(frozen=True)
 class Example:
     """One sample, ready to be batched. A dummy has no key and no label; a bad sample is a dummy with a record."""
@@ -33,6 +42,7 @@ class Example:
     bad: BadSampleRecord | None = None
     position: int | None = None  # in the run; None for a row that the plan does not know
     features: Tensor | None = None  # (visual tokens, hidden) bfloat16, then there are no pixels
+    adjusted: tuple[Adjustment, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -63,6 +73,7 @@ class CaptionBatch:
     segments: Tensor | None = None
     # (visual tokens, hidden) bfloat16: what the tower gave for the pictures; then there are no pixels
     features: Tensor | None = None
+    adjusted: tuple[Adjustment, ...] = ()  # one for each thing that was done to a sample
 
     @property
     def target_tokens(self) -> int:
@@ -132,4 +143,5 @@ def collate(examples: Sequence[Example], dummy: Example, pad_token: int, image_t
         features=None
         if dummy.features is None
         else torch.cat([row.features for row in rows if row.features is not None]),
+        adjusted=tuple(what for row in rows for what in row.adjusted),
     )

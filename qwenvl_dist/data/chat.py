@@ -25,7 +25,11 @@ Grid = tuple[int, int, int]  # (time, height, width) of one picture, in patches
 
 
 class TooLong(Exception):  # noqa: N818 (names the sample's state; counted, not fatal)
-    """Prompt and pictures alone exceed max_length."""
+    """A sample exceeds max_length, by so many tokens, and must not or cannot be cut to it."""
+
+    def __init__(self, message: str, excess: int) -> None:
+        super().__init__(message)
+        self.excess = excess
 
 
 @dataclass(frozen=True)
@@ -37,6 +41,7 @@ class EncodedChat:
     position_ids: Int64  # (3, seq): time, height, width
     # (seq,): 0 for a prefix that several answers share, k for the k-th of them; None for a plain conversation
     segments: Int64 | None = None
+    cut: int = 0  # tokens of an answer that max_length left no room for
 
 
 def image_tokens(grid: Grid, merge_size: int) -> int:
@@ -75,7 +80,8 @@ def _texts(messages: list[dict[str, Any]]) -> Iterator[str]:
 class ChatEncoder:
     """Encodes conversations with one processor; picklable, used inside loader workers."""
 
-    def __init__(self, processor: Any, max_length: int) -> None:
+    def __init__(self, processor: Any, max_length: int, may_cut: bool = True) -> None:
+        self.may_cut = may_cut  # the end of an answer that makes a sample too long; else that raises TooLong
         self.tokenizer = processor.tokenizer
         self.template = processor.chat_template or self.tokenizer.chat_template
         self.merge_size = int(processor.image_processor.merge_size)
@@ -133,12 +139,15 @@ class ChatEncoder:
         excess = len(ids) - self.max_length
         if excess <= 0:
             return ids, learned
+        if not self.may_cut:
+            raise TooLong(f"{len(ids)} tokens exceed max_length {self.max_length}", excess)
         words = np.flatnonzero(learned & (ids != self.end_of_turn))
         tail = words[len(words) - excess :] if excess < len(words) else words[:0]
         if not tail.size or tail[-1] - tail[0] != excess - 1:
             raise TooLong(
                 f"{len(ids)} tokens, {int((ids == self.image_token).sum())} of them visual: "
-                f"no cut of the caption brings it under max_length {self.max_length}"
+                f"no cut of the caption brings it under max_length {self.max_length}",
+                excess,
             )
         keep = np.ones(len(ids), bool)
         keep[tail] = False
@@ -170,9 +179,11 @@ class ChatEncoder:
                     next_position, next_position + len(ids) - len(head_ids)
                 )
                 return EncodedChat(ids, np.where(learned, ids, IGNORE), positions)
-        ids, learned = self._cut(*self._widen(*self._tokenize(text), grids))
+        ids, learned = self._widen(*self._tokenize(text), grids)
+        whole = len(ids)
+        ids, learned = self._cut(ids, learned)
         positions = mrope_positions(ids == self.image_token, grids, self.merge_size)
-        return EncodedChat(ids, np.where(learned, ids, IGNORE), positions)
+        return EncodedChat(ids, np.where(learned, ids, IGNORE), positions, cut=whole - len(ids))
 
     def encode_each(self, messages: list[dict[str, Any]], grids: Sequence[Grid], mark: str) -> EncodedChat:
         """Encode the answers that `mark` separates in the last message behind one prefix.
@@ -195,7 +206,10 @@ class ChatEncoder:
         ends = [int(np.flatnonzero(chat.labels != IGNORE)[-1]) + 1 for chat in alone]
         length = start + sum(end - start for end in ends)
         if length > self.max_length:
-            raise TooLong(f"{length} tokens in {len(answers)} answers exceed max_length {self.max_length}")
+            raise TooLong(
+                f"{length} tokens in {len(answers)} answers exceed max_length {self.max_length}",
+                length - self.max_length,
+            )
         pieces = [
             (alone[0], slice(0, start)),
             *((c, slice(start, e)) for c, e in zip(alone, ends, strict=True)),
@@ -205,6 +219,7 @@ class ChatEncoder:
             np.concatenate([chat.labels[piece] for chat, piece in pieces]),
             np.concatenate([chat.position_ids[:, piece] for chat, piece in pieces], axis=1),
             np.repeat(np.arange(len(pieces)), [piece.stop - piece.start for _, piece in pieces]),
+            cut=sum(chat.cut for chat in alone),
         )
 
     def _head(self, text: str, grids: tuple[Grid, ...]) -> tuple[Int64, NDArray[np.bool_], Int64]:

@@ -10,7 +10,8 @@ from __future__ import annotations
 import io
 import math
 import warnings
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -43,6 +44,7 @@ class ImageSizeRule:
     min_pixels: int = 0
     max_pixels: int = 0
     factor: int = 28  # pixels a side of one visual token: patch_size x merge_size
+    max_visual_tokens: int | None = None  # of all pictures of a sample; an area range shrinks to it
 
     def target(self, width: int, height: int) -> tuple[int, int]:
         """Return (height, width), multiples of `factor`.
@@ -66,6 +68,42 @@ class ImageSizeRule:
             rounded_w = math.ceil(width * grow / factor) * factor
         return rounded_h, rounded_w
 
+    def targets(
+        self, sizes: Sequence[tuple[int, int]], limit: int | None = None
+    ) -> tuple[list[tuple[int, int]], bool]:
+        """Return (height, width) for each (width, height) of a sample's pictures, and whether any was shrunk.
+
+        Pictures that together take more visual tokens than `limit` or `max_visual_tokens` shrink in the same
+        proportion, each to one token at least, as far as whole tokens allow with their aspect ratio kept. Raises
+        UnreadableImage where that cannot be done.
+        """
+        wanted = [self.target(*size) for size in sizes]
+        limits = [bound for bound in (limit, self.max_visual_tokens) if bound is not None]
+        tokens = [height * width // self.factor**2 for height, width in wanted]
+        total = sum(tokens)
+        if not limits or total <= min(limits):
+            return wanted, False
+        limit = min(limits)
+        if self.side is not None or limit < len(sizes):
+            raise UnreadableImage(
+                f"{len(sizes)} pictures of {total} visual tokens cannot shrink to {limit}"
+                + ("" if self.side is None else f": all pictures are {self.side} pixels a side")
+            )
+        shares = [max(1, count * limit // total) for count in tokens]
+        while (over := sum(shares) - limit) > 0:  # pictures of less than one token's share got one
+            largest = shares.index(max(shares))
+            shares[largest] -= min(over, shares[largest] - 1)
+        return [self._within(*size, share) for size, share in zip(sizes, shares, strict=True)], True
+
+    def _within(self, width: int, height: int, tokens: int) -> tuple[int, int]:
+        """Return (height, width) of at most so many visual tokens."""
+        most = min(self.max_pixels, tokens * self.factor**2)
+        smaller = replace(self, min_pixels=min(self.min_pixels, most), max_pixels=most)
+        rows, columns = (side // self.factor for side in smaller.target(width, height))
+        # Qwen's rule leaves a long thin picture one token across, however many it has along; those give way.
+        rows, columns = min(rows, max(1, tokens // columns)), min(columns, max(1, tokens // rows))
+        return rows * self.factor, columns * self.factor
+
     def visual_tokens(self, width: int, height: int) -> int:
         """Return how many tokens a picture of this size becomes, 0 for one that is refused."""
         if not width or not height:
@@ -77,12 +115,18 @@ class ImageSizeRule:
         return target_height * target_width // self.factor**2
 
     @classmethod
-    def of(cls, image_size: int | PixelRange, processor: Any, name: str = "data.image_size") -> ImageSizeRule:
+    def of(
+        cls,
+        image_size: int | PixelRange,
+        processor: Any,
+        name: str = "data.image_size",
+        max_visual_tokens: int | None = None,
+    ) -> ImageSizeRule:
         """Return the rule of `image_size` in this model's units. Raises UserError, by `name`, where they do not fit."""
         image = processor.image_processor
         factor = image.patch_size * image.merge_size
         if not isinstance(image_size, int):
-            return cls(None, image_size.min_pixels, image_size.max_pixels, factor)
+            return cls(None, image_size.min_pixels, image_size.max_pixels, factor, max_visual_tokens)
         if image_size % factor:
             raise UserError(f"{name} = {image_size}: this model needs a multiple of {factor} pixels")
         return cls(side=image_size, factor=factor)

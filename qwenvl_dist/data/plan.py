@@ -12,7 +12,7 @@ the tests; no library's random generator takes part.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -190,6 +190,66 @@ def deal_by_length(lengths: Int64) -> Int64:
     Which samples a step takes is untouched, hence its gradient too. (steps, G) -> (steps, G), a permutation per row.
     """
     return np.argsort(lengths, axis=1, kind="stable")
+
+
+@dataclass(frozen=True)
+class Deal:
+    """Which of a global batch's slots each of its micro-batches gets."""
+
+    micro_batches: list[Int64]  # indices into the global batch, each once
+    limit: int | None  # visual tokens a sample; None where no picture has to shrink
+
+
+def deal_by_budget(visual: Int64, text: Int64, micro_batches: int, budget: int) -> Deal:
+    """Deal a global batch to micro-batches of at most `budget` visual tokens, which take about the same time.
+
+    Samples of like length stay together, so a micro-batch holds few long ones or many short ones; of all such deals
+    that keep the budget, the one whose largest micro-batch, padding included, is smallest. Where none does, pictures of
+    the step must shrink to the largest number of tokens a sample with which one is found.
+
+    Args:
+        visual: (G,) visual tokens of each sample.
+        text: (G,) its other tokens.
+        micro_batches: how many there are, G at most.
+        budget: visual tokens of one micro-batch, at least G / micro_batches.
+    """
+
+    def fill(limit: int | None, area: int | None = None) -> list[Int64] | None:
+        """Fill micro-batches from the longest sample on; None when there are not enough of them."""
+        tokens = visual if limit is None else np.minimum(visual, limit)
+        lengths = tokens + text
+        order = np.argsort(-lengths, kind="stable")
+        dealt, start = [], 0
+        for left in range(micro_batches, 0, -1):
+            end = len(order) - (left - 1)  # one for each that follows
+            if area is not None:
+                end = min(end, start + max(1, area // max(1, int(lengths[order[start]]))))
+            held = np.cumsum(tokens[order[start:end]])
+            end = start + int(np.searchsorted(held, budget, side="right"))
+            if end == start:  # one sample alone is above the budget
+                return None
+            dealt.append(order[start:end])
+            start = end
+        return dealt if start == len(order) else None
+
+    limit = None
+    if fill(None) is None:
+        most = int(visual.max())
+        equal = budget * micro_batches // len(visual)  # with so few tokens each, equal counts fit
+        limit = most - _first(lambda less: fill(most - less) is not None, 0, most - equal)
+    largest = max(1, int((visual + text).max())) * len(visual)
+    area = _first(lambda area: fill(limit, area) is not None, 1, largest)
+    dealt = fill(limit, area)
+    assert dealt is not None, "what fits without a bound fits the largest"
+    return Deal(dealt[::-1], limit)  # shortest first, as `deal_by_length` has it
+
+
+def _first(holds: Callable[[int], bool], low: int, high: int) -> int:
+    """Return the smallest number in [low, high] from which on `holds` is true; it is true for `high`."""
+    while low < high:
+        middle = (low + high) // 2
+        low, high = (low, middle) if holds(middle) else (middle + 1, high)
+    return low
 
 
 def positions_digest(positions: Sequence[int] | range) -> int:

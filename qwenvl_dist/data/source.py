@@ -26,14 +26,30 @@ from qwenvl_dist.data.index import (
     check_shard_index,
     read_shard_index,
 )
-from qwenvl_dist.data.plan import Int64, Place, RunPlan, StepLayout, deal_by_length
+from qwenvl_dist.data.plan import (
+    Deal,
+    Int64,
+    Place,
+    RunPlan,
+    StepLayout,
+    deal_by_budget,
+    deal_by_length,
+)
 from qwenvl_dist.data.storage import LocalStorage, Storage, open_storage
 from qwenvl_dist.errors import UserError
 
 READ_AHEAD = 8  # samples that are asked for at a time from a remote place, a loader worker
 GOLDEN_SECTION = 0.6180339887498949
 
-Slot = tuple[int, Place | None]  # a position, and what lies there unless the run has ended
+
+@dataclass(frozen=True)
+class Slot:
+    """What the plan puts where."""
+
+    micro_batch: int  # of this rank, counted from the start
+    position: int
+    place: Place | None  # None where the run has ended
+    max_visual_tokens: int | None  # of this sample, so that its micro-batch keeps its budget
 
 
 class ShardSet:
@@ -187,18 +203,21 @@ def _allow_open_files(count: int) -> None:
 class SampleLengths:
     """About how many tokens each sample has, from the index alone: nothing is decoded.
 
-    Visual tokens are exact; text counts as characters / 4.5, the English captions' average under Qwen2's tokenizer.
+    Visual tokens are exact, or the `limit` to which a sample's pictures are shrunk; text counts as characters / 4.5,
+    the English captions' average under Qwen2's tokenizer.
     """
 
     CHARACTERS_PER_TOKEN = 4.5
 
-    def __init__(self, shards: ShardSet, visual_tokens: Callable[[int, int], int]) -> None:
-        self.shards, self.visual_tokens = shards, visual_tokens
+    def __init__(
+        self, shards: ShardSet, visual_tokens: Callable[[int, int], int], limit: int | None = None
+    ) -> None:
+        self.shards, self.visual_tokens, self.limit = shards, visual_tokens, limit
         self._by_shard: OrderedDict[int, Int64] = OrderedDict()
 
     def of(self, shards: Int64, samples: Int64) -> Int64:
-        """Return the (n,) lengths of samples; 0 where the shard is -1."""
-        lengths = np.zeros(len(shards), np.int64)
+        """Return the (n, 2) visual and text tokens of samples; 0 where the shard is -1."""
+        lengths = np.zeros((len(shards), 2), np.int64)
         for shard in np.unique(shards[shards >= 0]).tolist():
             here = shards == shard
             lengths[here] = self._shard(shard)[samples[here]]
@@ -219,29 +238,33 @@ class SampleLengths:
         except (OSError, UserError):
             # Its samples will be bad ones wherever they are dealt to. A rank that alone cannot read it deals
             # differently, which `agree` finds before the step by the positions that all ranks hold together.
-            return np.zeros(self.shards.manifest.shards[shard].samples, np.int64)
+            return np.zeros((self.shards.manifest.shards[shard].samples, 2), np.int64)
         sizes, which = np.unique(index.image_sizes, axis=0, return_inverse=True)
         visual = np.array([self.visual_tokens(w, h) for w, h in sizes.tolist()], np.int64)[which.reshape(-1)]
         until = np.concatenate([[0], np.cumsum(visual)])
         visual = until[index.image_starts[1:]] - until[index.image_starts[:-1]]
-        return visual + (index.caption_lengths / self.CHARACTERS_PER_TOKEN).astype(np.int64)
+        if self.limit is not None:
+            visual = np.minimum(visual, self.limit)
+        text = (index.caption_lengths / self.CHARACTERS_PER_TOKEN).astype(np.int64)
+        return np.stack([visual, text], axis=1)
 
 
 @dataclass(frozen=True)
 class PlannedSample:
     """What the plan put into one slot of a micro-batch: bytes, a sample that could not be read, or nothing."""
 
-    position: int
+    slot: Slot
     shard: str = ""
     raw: RawSample | None = None
     bad: BadSampleRecord | None = None
 
 
 class PlannedSource(IterableDataset):
-    """Samples of one rank in planned order, `micro_batch_size` after one another for each micro-batch.
+    """Samples of one rank in planned order, those of a micro-batch after one another.
 
     Worker w of W yields the micro-batches w, w + W, ... of this rank. DataLoader takes from its workers in turn, so the
-    order that arrives does not depend on W. With `lengths` the samples of each global batch are dealt by length.
+    order that arrives does not depend on W. With `lengths` the samples of each global batch are dealt by length, and
+    with a `budget` so that no micro-batch holds more visual tokens than that; else each holds `micro_batch_size`.
     """
 
     BLOCK = 1024  # positions that are looked up at once
@@ -255,9 +278,11 @@ class PlannedSource(IterableDataset):
         start: int,
         steps: int,
         lengths: SampleLengths | None = None,
+        budget: int | None = None,
     ) -> None:
+        assert budget is None or lengths is not None, "a budget needs lengths"
         self.shards, self.plan, self.layout, self.rank = shards, plan, layout, rank
-        self.start, self.steps, self.lengths = start, steps, lengths
+        self.start, self.steps, self.lengths, self.budget = start, steps, lengths, budget
 
     def __iter__(self) -> Iterator[PlannedSample]:
         worker = get_worker_info()
@@ -272,18 +297,38 @@ class PlannedSource(IterableDataset):
     def _slots(self, numbers: Int64, share: int) -> Iterator[Slot]:
         """Yield what these micro-batches of this rank hold, and tell the shards where the plan is."""
         layout = self.layout
+        # Where slots are dealt over a whole step, each of its micro-batches looks all of them up.
         per_number = layout.global_batch_size if self.lengths else layout.micro_batch_size
         block = max(1, self.BLOCK // per_number)
         for begin in range(0, len(numbers), block):
             some = numbers[begin : begin + block]
-            positions = self._positions(some).reshape(-1)
-            found = (column.tolist() for column in (positions, *self.plan.find(positions)))
-            slots = zip(*found, strict=True)
-            for number in some.tolist():
+            dealt = self._budgeted(some) if self.budget else [(row, None) for row in self._positions(some)]
+            positions = np.concatenate([row for row, _ in dealt])
+            found = zip(*(column.tolist() for column in self.plan.find(positions)), strict=True)
+            for number, (row, limit) in zip(some.tolist(), dealt, strict=True):
                 step_begins = self.start + number // layout.grad_accum_steps * layout.global_batch_size
                 self.shards.expect(self.plan, step_begins, share)
-                for position, shard, sample in islice(slots, layout.micro_batch_size):
-                    yield position, Place(shard, sample) if shard >= 0 else None
+                for position, (shard, sample) in zip(row.tolist(), islice(found, len(row)), strict=True):
+                    yield Slot(number, position, Place(shard, sample) if shard >= 0 else None, limit)
+
+    def _budgeted(self, numbers: Int64) -> list[tuple[Int64, int | None]]:
+        """Return the positions of this rank's micro-batches of these numbers, and how large a sample may be there."""
+        assert self.lengths is not None and self.budget is not None
+        layout, size = self.layout, self.layout.global_batch_size
+        deals: dict[int, tuple[Int64, Deal]] = {}
+        dealt = []
+        for number in numbers.tolist():
+            step, accumulation = divmod(number, layout.grad_accum_steps)
+            if step not in deals:
+                positions = self.start + step * size + np.arange(size)
+                visual, text = self.lengths.of(*self.plan.find(positions)).T
+                micro_batches = size // layout.micro_batch_size
+                deals[step] = positions, deal_by_budget(visual, text, micro_batches, self.budget)
+            positions, deal = deals[step]
+            dealt.append(
+                (positions[deal.micro_batches[layout.micro_batch(self.rank, accumulation)]], deal.limit)
+            )
+        return dealt
 
     def _positions(self, numbers: Int64) -> Int64:
         """Return the (n, micro_batch_size) positions of this rank's micro-batches of these numbers."""
@@ -295,19 +340,18 @@ class PlannedSource(IterableDataset):
             return self.start + steps[:, None] * size + slots
         steps, row = np.unique(steps, return_inverse=True)
         positions = self.start + steps[:, None] * size + np.arange(size)
-        lengths = self.lengths.of(*self.plan.find(positions.reshape(-1))).reshape(positions.shape)
+        lengths = self.lengths.of(*self.plan.find(positions.reshape(-1))).sum(axis=1).reshape(positions.shape)
         row = row.reshape(-1, 1)
         return positions[row, deal_by_length(lengths)[row, slots]]
 
     def _read(self, slot: Slot) -> PlannedSample:
-        position, place = slot
-        if place is None:
-            return PlannedSample(position)
-        shard = self.shards.manifest.shards[place.shard].name
+        if slot.place is None:
+            return PlannedSample(slot)
+        shard = self.shards.manifest.shards[slot.place.shard].name
         try:
-            return PlannedSample(position, shard, raw=self.shards.read(place))
+            return PlannedSample(slot, shard, raw=self.shards.read(slot.place))
         except BadSample as error:
-            return PlannedSample(position, shard, bad=BadSampleRecord(error.shard, error.key, error.reason))
+            return PlannedSample(slot, shard, bad=BadSampleRecord(error.shard, error.key, error.reason))
 
 
 def _ahead(read: Callable[[Slot], PlannedSample], slots: Iterable[Slot]) -> Iterator[PlannedSample]:

@@ -2,8 +2,8 @@
 
 Stages of the webdataset pipeline that each loader worker runs:
 1. PlannedSource   the plan's next samples, as verified bytes
-2. batched         `micro_batch_size` samples at a time
-3. SampleEncoder   JPEG decode, resize, chat template, labels; a bad sample becomes a dummy in its slot
+2. micro_batches   the samples of one at a time
+3. SampleEncoder   decode, resize, chat template, labels; a bad sample becomes a dummy in its slot
    _Collate        examples -> CaptionBatch
 4. BatchSlots      the batch -> memory shared with the training process
 """
@@ -12,13 +12,14 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import itertools
 import multiprocessing
 import os
 import signal
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 import torch
@@ -28,8 +29,8 @@ from torch.utils.data import DataLoader
 from webdataset import filters, handlers
 from webdataset.pipeline import DataPipeline
 
-from qwenvl_dist.data.batch import BadSampleRecord, CaptionBatch, Example, collate
-from qwenvl_dist.data.chat import IGNORE, ChatEncoder, Grid, TooLong
+from qwenvl_dist.data.batch import Adjustment, BadSampleRecord, CaptionBatch, Example, collate
+from qwenvl_dist.data.chat import IGNORE, ChatEncoder, EncodedChat, Grid, TooLong, image_tokens
 from qwenvl_dist.data.features import read_features
 from qwenvl_dist.data.formats import parse_sample_json
 from qwenvl_dist.data.images import ImageSizeRule, UnreadableImage, decode, resize
@@ -37,6 +38,9 @@ from qwenvl_dist.data.index import RawSample
 from qwenvl_dist.data.plan import RunPlan, StepLayout
 from qwenvl_dist.data.slots import BatchSlots
 from qwenvl_dist.data.source import PlannedSample, PlannedSource, SampleLengths, ShardSet
+
+if TYPE_CHECKING:
+    from qwenvl_dist.config import OverLength
 
 Out = TypeVar("Out")
 
@@ -49,6 +53,11 @@ class Seen:
     grids: tuple[Grid, ...]
     pixels: NDArray[np.uint8]
     features: Tensor | None = None
+    is_shrunk: bool = False
+
+
+class TooLarge(Exception):  # noqa: N818 (names the sample's state; counted, not fatal)
+    """A sample that the recipe wants left out for its length."""
 
 
 class SampleEncoder:
@@ -62,12 +71,14 @@ class SampleEncoder:
         exact_resize: bool = True,
         caption_mark: str | None = None,
         features_width: int | None = None,
+        over_length: OverLength = "cut",
     ) -> None:
         self.features_width = (
             features_width  # hidden size of features in the shards; None: they hold pictures
         )
         self.exact_resize = exact_resize
-        self.chat = ChatEncoder(processor, max_length)
+        self.over_length = over_length  # what becomes of a sample above max_length
+        self.chat = ChatEncoder(processor, max_length, may_cut=over_length == "cut")
         self.caption_mark = caption_mark  # separates captions that share a prefix; None joins them
         self.size_rule = size_rule
         self.patch_size = int(processor.image_processor.patch_size)
@@ -95,11 +106,14 @@ class SampleEncoder:
     def picture(self, data: bytes) -> tuple[np.ndarray, Grid]:
         """Return ((3 * height * width,) uint8, grid) of one picture at the model's size. Raises UnreadableImage."""
         pixels = decode(data)
-        height, width = self.size_rule.target(pixels.shape[1], pixels.shape[0])
+        return self._resized(pixels, *self.size_rule.target(pixels.shape[1], pixels.shape[0]))
+
+    def _resized(self, pixels: NDArray[np.uint8], height: int, width: int) -> tuple[np.ndarray, Grid]:
         grid = (1, height // self.patch_size, width // self.patch_size)
         return resize(pixels, height, width, self.exact_resize).reshape(-1).numpy(), grid
 
-    def _see(self, raw: RawSample) -> Seen:
+    def _see(self, raw: RawSample, limit: int | None = None) -> Seen:
+        """Make the pictures ready, of at most `limit` visual tokens."""
         if self.features_width is not None:
             made = read_features(raw.members)
             messages = _messages(raw, len(made.grids))
@@ -108,19 +122,36 @@ class SampleEncoder:
             made.check_shape(self.features_width, self.chat.merge_size)
             return Seen(messages, made.grids, self.dummy.pixels, made.values)
         messages = _messages(raw, len(raw.images))
-        pictures = [self.picture(data) for data in raw.images]
-        pixels = np.concatenate([p for p, _ in pictures]) if pictures else np.zeros(0, np.uint8)
-        return Seen(messages, tuple(grid for _, grid in pictures), pixels)
+        decoded = [decode(data) for data in raw.images]
+        targets, shrunk = self.size_rule.targets([(p.shape[1], p.shape[0]) for p in decoded], limit)
+        made = [self._resized(p, *target) for p, target in zip(decoded, targets, strict=True)]
+        pixels = np.concatenate([p for p, _ in made]) if made else np.zeros(0, np.uint8)
+        return Seen(messages, tuple(grid for _, grid in made), pixels, is_shrunk=shrunk)
 
     def _read(self, raw: RawSample, seen: Seen) -> Example:
+        try:
+            chat = self._encode_chat(seen)
+        except TooLong as error:
+            if self.over_length == "cut":
+                raise
+            if self.over_length == "drop":
+                raise TooLarge(str(error)) from error
+            visual = sum(image_tokens(grid, self.chat.merge_size) for grid in seen.grids)
+            if visual - error.excess < max(1, len(seen.grids)):
+                raise  # its text alone is too long, which no picture makes up for
+            return self._read(raw, self._see(raw, visual - error.excess))
+        adjusted = [Adjustment.SHRUNK] * seen.is_shrunk + [Adjustment.CUT] * (chat.cut > 0)
+        return Example(
+            raw.key, chat, seen.grids, seen.pixels, features=seen.features, adjusted=tuple(adjusted)
+        )
+
+    def _encode_chat(self, seen: Seen) -> EncodedChat:
         if self.caption_mark is None:
-            chat = self.chat.encode(seen.messages, seen.grids)
-        else:
-            chat = self.chat.encode_each(seen.messages, seen.grids, self.caption_mark)
-        return Example(raw.key, chat, seen.grids, seen.pixels, features=seen.features)
+            return self.chat.encode(seen.messages, seen.grids)
+        return self.chat.encode_each(seen.messages, seen.grids, self.caption_mark)
 
     def encode(self, raw: RawSample) -> Example:
-        """Encode one sample. Raises UnreadableImage, TooLong, or ValueError for a damaged record."""
+        """Encode one sample. Raises UnreadableImage, TooLong, TooLarge, or ValueError for a damaged record."""
         return self._read(raw, self._see(raw))
 
     def __call__(self, samples: Sequence[PlannedSample]) -> list[Example]:
@@ -129,18 +160,22 @@ class SampleEncoder:
         All pictures first, then all texts: a picture drives the tokenizer out of the processor's caches, after which a
         text costs three times as much.
         """
-        seen = [self._or_bad(sample, self._see) for sample in samples]
+        seen = [self._or_bad(sample, self._see, sample.slot.max_visual_tokens) for sample in samples]
         examples = [
             got if isinstance(got, Example) else self._or_bad(sample, self._read, got)
             for sample, got in zip(samples, seen, strict=True)
         ]
-        return [replace(e, position=sample.position) for e, sample in zip(examples, samples, strict=True)]
+        return [
+            replace(e, position=sample.slot.position) for e, sample in zip(examples, samples, strict=True)
+        ]
 
     def _or_bad(self, sample: PlannedSample, work: Callable[..., Out], *more: Any) -> Out | Example:
         if sample.raw is None:
             return replace(self.dummy, bad=sample.bad)
         try:
             return work(sample.raw, *more)
+        except TooLarge:
+            return replace(self.dummy, adjusted=(Adjustment.DROPPED,))
         except (UnreadableImage, TooLong, ValueError) as error:
             return replace(self.dummy, bad=BadSampleRecord(sample.shard, sample.raw.key, str(error)))
 
@@ -149,6 +184,12 @@ def _messages(raw: RawSample, num_images: int) -> list[dict[str, Any]]:
     if "json" not in raw.members:
         raise ValueError("json: missing member")
     return parse_sample_json(raw.json, num_images)["messages"]
+
+
+def _micro_batches(samples: Iterable[PlannedSample]) -> Iterator[list[PlannedSample]]:
+    """Yield the samples of one micro-batch at a time."""
+    for _, group in itertools.groupby(samples, lambda sample: sample.slot.micro_batch):
+        yield list(group)
 
 
 class _Collate:
@@ -207,10 +248,17 @@ class CaptionStream:
         workers: int,
         timeout_seconds: float = 0,
         length_grouping: bool = False,
+        visual_token_budget: int | None = None,
     ) -> None:
         self.shards, self.plan, self.layout, self.encoder = shards, plan, layout, encoder
         self.rank, self.workers, self.timeout_seconds = rank, workers, timeout_seconds
-        self.lengths = SampleLengths(shards, encoder.size_rule.visual_tokens) if length_grouping else None
+        self.visual_token_budget = (
+            visual_token_budget  # of a micro-batch, which then holds any number of samples
+        )
+        self.lengths = None
+        if length_grouping:
+            rule = encoder.size_rule
+            self.lengths = SampleLengths(shards, rule.visual_tokens, rule.max_visual_tokens)
 
     def steps_from(self, position: int) -> int:
         """Return how many optimizer steps are left when `position` samples have been consumed."""
@@ -226,10 +274,11 @@ class CaptionStream:
             start=position,
             steps=self.steps_from(position),
             lengths=self.lengths,
+            budget=self.visual_token_budget,
         )
         stages: list[Any] = [
             source,
-            filters.batched(self.layout.micro_batch_size, collation_fn=None, partial=False),
+            _micro_batches,
             filters.map(self.encoder, handler=handlers.reraise_exception),
             filters.map(_Collate(self.encoder), handler=handlers.reraise_exception),
         ]

@@ -19,6 +19,11 @@ from qwenvl_dist.report.gallery import make_gallery
 
 TEMPLATE = Path(__file__).parent / "templates" / "report.html.j2"
 BAD_SAMPLES_SHOWN = 50
+ADJUSTMENTS = {  # of samples above the recipe's limits, counted once a pass
+    "cut": "answers ended early, in all epochs",
+    "shrunk": "smaller pictures, in all epochs",
+    "dropped": "too long, in all epochs",
+}
 NUMBERS_SHOWN = 40  # rows of the table behind the curves
 
 Fact = tuple[str, str]
@@ -128,6 +133,10 @@ def tiles(run: RunFolder) -> list[tuple[str, str, str]]:
         found.append(("peak memory", f"{number(max(memory), 3)} GiB", "of the largest rank"))
     if run.bad_samples:
         found.append(("bad samples", f"{len(run.bad_samples):,}", "left out"))
+    for what, remark in ADJUSTMENTS.items():
+        count = run.steps[-1].get(f"{what}_samples") if run.steps else None
+        if count:
+            found.append((f"samples {what}", f"{count:,}", remark))
     return found
 
 

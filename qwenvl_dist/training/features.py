@@ -35,6 +35,17 @@ def feature_binding(base: Path, processor: Any, image_size: int | PixelRange, re
 
 def check_binding(manifest: Manifest, name: str, base: Path, processor: Any, data: DataConfig) -> None:
     """Raise UserError unless the features of these shards are those that this base and recipe would compute."""
+    for key in ("max_visual_tokens", "micro_batch_visual_tokens"):
+        if getattr(data, key) is not None:
+            raise UserError(
+                f"{name}: holds features, which cannot shrink to data.{key} = {getattr(data, key)}; "
+                "drop that key, or train on the pictures themselves"
+            )
+    if data.over_length == "shrink":
+        raise UserError(
+            f"{name}: holds features, which cannot shrink; set data.over_length to cut or drop, or train on "
+            "the pictures themselves"
+        )
     held = manifest.features or {}
     wanted = feature_binding(base, processor, data.image_size, data.resize)
     for key, value in wanted.items():

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import time
+from collections import Counter
 from typing import TYPE_CHECKING, Any
 
+from qwenvl_dist.data.batch import Adjustment
 from qwenvl_dist.data.plan import positions_digest
 from qwenvl_dist.errors import CheckFailed, Stopped
 from qwenvl_dist.logs import get_logger
@@ -102,7 +104,8 @@ def agree(
     One small sum on the host. The previous step's losses are looked at here, a step late, so that no GPU waits for it.
     """
     bad = [record for batch in micro_batches for record in batch.bad]
-    tokens, samples, num_bad, digest, stopping, broken, unsaved = state.host.sum(
+    adjusted = Counter(what for batch in micro_batches for what in batch.adjusted)
+    tokens, samples, num_bad, digest, stopping, broken, unsaved, *adjustments = state.host.sum(
         sum(batch.target_tokens for batch in micro_batches),
         sum(len(batch.keys) for batch in micro_batches),
         len(bad),
@@ -110,6 +113,7 @@ def agree(
         int(stop.received is not None),
         int(previous is not None and not previous.is_finite),
         int(checkpoints.failed),
+        *(adjusted[what] for what in Adjustment),
     )
     if broken:
         raise_not_finite(state, previous)
@@ -125,6 +129,8 @@ def agree(
         stop_early(state, checkpoints, history, stop)
     if num_bad:
         handle_bad_samples(state, bad, history)
+    for what, count in zip(Adjustment, adjustments, strict=True):
+        state.progress.adjusted[what] += count
     return tokens, samples
 
 

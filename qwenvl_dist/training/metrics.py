@@ -121,6 +121,7 @@ class Metrics:
             "bad_samples": len(progress.bad_samples),
             "target_tokens": self._target_tokens,
         }
+        values |= {f"{what}_samples": count for what, count in progress.adjusted.items() if count}
         if all(peaks):
             values["mfu"] = sum(flops) / wall / sum(peaks)
         if len(paces) > 1:

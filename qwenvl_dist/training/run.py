@@ -83,7 +83,7 @@ def open_streams(
 ) -> tuple[CaptionStream, CaptionStream | None, DataIdentity]:
     """Return the training stream, the validation stream and what identifies the data."""
     data, train_config = recipe.data, recipe.train
-    rule = ImageSizeRule.of(data.image_size, processor)
+    rule = ImageSizeRule.of(data.picture_size, processor, max_visual_tokens=data.max_visual_tokens)
     mark = data.caption_mark if data.captions_mode == "each" else None
 
     def encoder_of(shards: ShardSet, name: str) -> SampleEncoder:
@@ -91,7 +91,9 @@ def open_streams(
         if features is not None:
             check_binding(shards.manifest, name, base, processor, data)
         width = None if features is None else int(features["hidden"])
-        return SampleEncoder(processor, rule, data.max_length, data.resize == "exact", mark, width)
+        return SampleEncoder(
+            processor, rule, data.max_length, data.resize == "exact", mark, width, data.over_length
+        )
 
     shards = open_shards(data, data.train)
     encoder = encoder_of(shards, f"data.train = {data.train}")
@@ -107,6 +109,7 @@ def open_streams(
         "workers": data.workers,
         "timeout_seconds": train_config.timeout_seconds,
         "length_grouping": data.length_grouping,
+        "visual_token_budget": data.micro_batch_visual_tokens,
     }
     batches = CaptionStream(shards, plan, layout, encoder, **options)
     identity = DataIdentity(

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from qwenvl_dist.data.batch import BadSampleRecord
+from qwenvl_dist.data.batch import Adjustment, BadSampleRecord
 from qwenvl_dist.data.plan import PLAN_VERSION
 from qwenvl_dist.errors import UserError
 from qwenvl_dist.outcome import Outcome
@@ -28,6 +29,9 @@ class Progress:
     consumed: int = 0  # samples of the whole run done, bad ones included
     best_val_loss: float | None = None
     bad_samples: dict[tuple[str, str], str] = field(default_factory=dict)  # (shard, key) -> reason
+    adjusted: Counter[str] = field(
+        default_factory=Counter
+    )  # samples cut, shrunk or dropped, each pass counted
 
     def advance(self, global_batch_size: int, total_samples: int) -> None:
         """Count one finished optimizer step."""
@@ -64,6 +68,7 @@ def data_state(progress: Progress, identity: DataIdentity) -> dict[str, Any]:
         "consumed": offset,
         "consumed_in_run": progress.consumed,
         "bad_samples": [[shard, key, reason] for (shard, key), reason in progress.bad_samples.items()],
+        "adjusted": {what.value: progress.adjusted[what] for what in Adjustment},
     }
 
 
@@ -81,6 +86,7 @@ def restore_progress(manifest: dict[str, Any], identity: DataIdentity, folder: s
         consumed=data["consumed_in_run"],
         best_val_loss=manifest["progress"]["best_val_loss"],
         bad_samples={(shard, key): reason for shard, key, reason in data["bad_samples"]},
+        adjusted=Counter(data.get("adjusted", {})),  # checkpoints of before have no such counts
     )
 
 

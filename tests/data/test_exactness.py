@@ -6,6 +6,7 @@ B: the same global batches whenever the global batch size is unchanged.
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import groupby
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -53,7 +54,7 @@ class AnyLengths(SampleLengths):
         self.sizes, self.seed = sizes, seed
 
     def _measure(self, shard: int) -> Any:
-        return np.random.default_rng([self.seed, shard]).integers(0, 50, self.sizes[shard])
+        return np.random.default_rng([self.seed, shard]).integers(0, 25, (self.sizes[shard], 2))
 
 
 @dataclass(frozen=True)
@@ -62,6 +63,7 @@ class Data:
     seed: int
     window: int
     grouped: bool
+    budget: int | None = None  # visual tokens of a micro-batch, for which samples must be grouped
 
     @property
     def plan(self) -> RunPlan:
@@ -75,11 +77,14 @@ class Data:
         shards: Any = NamedShards(self.sizes)
         streams = []
         for worker in range(max(1, workers)):
-            one = PlannedSource(shards, plan, layout, rank, start=start, steps=steps, lengths=lengths)
-            streams.append(_as_worker(one, worker, workers))
+            one = PlannedSource(
+                shards, plan, layout, rank, start=start, steps=steps, lengths=lengths, budget=self.budget
+            )
+            streams.append(groupby(_as_worker(one, worker, workers), lambda sample: sample.slot.micro_batch))
         for number in range(steps * layout.grad_accum_steps):
-            stream = streams[number % len(streams)]
-            samples = [next(stream) for _ in range(layout.micro_batch_size)]
+            found, group = next(streams[number % len(streams)])
+            samples = list(group)
+            assert found == number and (self.budget or len(samples) == layout.micro_batch_size)
             yield [sample.raw.key for sample in samples if sample.raw is not None]
         assert all(next(stream, None) is None for stream in streams)
 
@@ -115,7 +120,10 @@ def keys_of(step: list[list[str]]) -> list[str]:
     return sorted(key for batch in step for key in batch)
 
 
-DATA = st.builds(Data, SIZES, st.integers(0, 2**63 - 1), st.integers(1, 12), st.booleans())
+DATA = st.one_of(
+    st.builds(Data, SIZES, st.integers(0, 2**63 - 1), st.integers(1, 12), st.booleans()),
+    st.builds(Data, SIZES, st.integers(0, 2**63 - 1), st.integers(1, 12), st.just(True), st.integers(5, 200)),
+)
 
 
 @given(data=DATA, layout=LAYOUTS, workers=st.integers(0, 5))
@@ -216,7 +224,10 @@ def test_every_slot_carries_its_position_and_steps_hold_what_the_plan_says() -> 
     shards: Any = NamedShards(data.sizes)
     lengths = AnyLengths(data.sizes, 1)
     positions = [
-        [s.position for s in PlannedSource(shards, data.plan, layout, rank, 12, steps=6, lengths=lengths)]
+        [
+            s.slot.position
+            for s in PlannedSource(shards, data.plan, layout, rank, 12, steps=6, lengths=lengths)
+        ]
         for rank in range(2)
     ]
     for step in range(6):
@@ -231,7 +242,7 @@ def test_an_index_that_cannot_be_read_moves_nothing_out_of_its_step(tmp_path: Pa
     plan = RunPlan(shards.manifest.shard_sizes, seed=0, window=2)
     lengths = SampleLengths(shards, lambda width, height: width * height)
     samples = list(PlannedSource(shards, plan, StepLayout(1, 3, 2), 0, start=0, steps=2, lengths=lengths))
-    assert sorted(sample.position for sample in samples[:6]) == list(range(6))
+    assert sorted(sample.slot.position for sample in samples[:6]) == list(range(6))
     assert sum(sample.bad is not None for sample in samples) == 4
     assert all(sample.bad.shard == "shard-000001.tar" for sample in samples if sample.bad)
 
@@ -243,6 +254,6 @@ def test_grouping_by_length_puts_alike_samples_together() -> None:
     for grouped in (False, True):
         steps = Data(data.sizes, data.seed, data.window, grouped).steps(StepLayout(2, 4, 3), 2, 0)
         pairs = [[tuple(map(int, key.split("/"))) for key in batch] for step in steps for batch in step]
-        values = [[int(lengths._measure(shard)[sample]) for shard, sample in batch] for batch in pairs]
+        values = [[int(lengths._measure(shard)[sample].sum()) for shard, sample in batch] for batch in pairs]
         spread[grouped] = np.mean([max(batch) - min(batch) for batch in values if batch])
     assert spread[True] < spread[False] / 2

@@ -11,6 +11,7 @@ from qwenvl_dist.data.plan import (
     Place,
     RunPlan,
     StepLayout,
+    deal_by_budget,
     deal_by_length,
     hash_key,
     permute,
@@ -246,6 +247,49 @@ def test_an_epoch_order_may_be_asked_out_of_turn() -> None:
 
 
 # --- ranks, micro-batches, accumulation ---
+
+
+@given(
+    samples=st.lists(st.tuples(st.integers(0, 300), st.integers(0, 80)), min_size=1, max_size=60),
+    micro_batches=st.integers(1, 12),
+    share=st.integers(1, 400),
+)
+@settings(max_examples=300, deadline=None)
+def test_no_micro_batch_is_above_its_budget(
+    samples: list[tuple[int, int]], micro_batches: int, share: int
+) -> None:
+    samples = samples * micro_batches  # equal counts are possible
+    visual, text = np.array(samples).T
+    budget = share * len(samples) // micro_batches
+    deal = deal_by_budget(visual, text, micro_batches, budget)
+    assert sorted(np.concatenate(deal.micro_batches).tolist()) == list(range(len(samples)))
+    assert len(deal.micro_batches) == micro_batches and all(len(dealt) for dealt in deal.micro_batches)
+    shrunk = visual if deal.limit is None else np.minimum(visual, deal.limit)
+    assert max(shrunk[dealt].sum() for dealt in deal.micro_batches) <= budget
+    assert deal.limit is None or deal.limit >= share, "an equal share each always fits"
+
+
+def test_many_small_samples_or_few_large_ones_go_together() -> None:
+    visual, text = np.array([1280] * 4 + [64] * 28), np.full(32, 20)
+    deal = deal_by_budget(visual, text, 8, 2560)
+    assert deal.limit is None
+    large = [dealt for dealt in deal.micro_batches if visual[dealt].max() == 1280]
+    assert sorted(map(len, large)) == [1, 1, 1, 1], (
+        "one each: padding included, no deal has a smaller largest one"
+    )
+    areas = [len(dealt) * (visual + text)[dealt].max() for dealt in deal.micro_batches]
+    assert max(areas) == 1300
+    by_length = deal_by_length((visual + text)[None])[0].reshape(8, 4)
+    assert max(4 * (visual + text)[dealt].max() for dealt in by_length) == 5200
+
+
+def test_pictures_shrink_as_little_as_the_budget_demands() -> None:
+    visual, text = np.array([900, 900, 900, 900, 100, 100]), np.zeros(6, np.int64)
+    assert deal_by_budget(visual, text, 3, 1800).limit is None
+    deal = deal_by_budget(visual, text, 3, 1100)
+    assert deal.limit == 550, "two large ones in one of three"
+    assert [visual[dealt].clip(max=550).sum() <= 1100 for dealt in deal.micro_batches] == [True] * 3
+
 
 LAYOUTS = [StepLayout(*numbers) for numbers in product(range(1, 6), range(1, 5), range(1, 5))]
 

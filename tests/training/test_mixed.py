@@ -33,6 +33,7 @@ from tests.training.runs import (
 
 SIZES = (20, 1, 27)
 STEPS, MICRO, ACCUMULATION = 6, 2, 2  # of two ranks
+BUDGET = 32  # visual tokens of a micro-batch: the largest sample has 20
 TOLERANCE = 2e-5  # float32 sums in another order
 
 
@@ -83,11 +84,15 @@ def run_watched(recipe: str, out: str) -> None:
         Path(out, f"calls-{os.environ['RANK']}.json").write_text(json.dumps(calls))
 
 
-RUNS = {  # ranks, accumulation, ZeRO stage, dealt by length
-    "one-rank-zero2": (1, 2 * ACCUMULATION, 2, False),
-    "two-ranks-zero2": (2, ACCUMULATION, 2, False),
-    "two-ranks-zero3": (2, ACCUMULATION, 3, False),
-    "two-ranks-zero3-by-length": (2, ACCUMULATION, 3, True),
+IN_ORDER = {"length_grouping": False}
+RUNS: dict[
+    str, tuple[int, int, int, dict[str, Any]]
+] = {  # ranks, accumulation, ZeRO stage, how slots are dealt
+    "one-rank-zero2": (1, 2 * ACCUMULATION, 2, IN_ORDER),
+    "two-ranks-zero2": (2, ACCUMULATION, 2, IN_ORDER),
+    "two-ranks-zero3": (2, ACCUMULATION, 3, IN_ORDER),
+    "two-ranks-zero3-by-length": (2, ACCUMULATION, 3, {}),
+    "two-ranks-zero3-by-budget": (2, ACCUMULATION, 3, {"micro_batch_visual_tokens": BUDGET}),
 }
 
 
@@ -99,12 +104,12 @@ def runs(tmp_path_factory: pytest.TempPathFactory, scenes_base: Path, shards: Pa
     def run(name: str) -> Path:
         out = folder / name
         if not out.exists():
-            world, accumulation, stage, by_length = RUNS[name]
+            world, accumulation, stage, dealing = RUNS[name]
             pixels = {"min_pixels": 784, "max_pixels": 6272}
             recipe = write_recipe(
                 folder / f"{name}.yaml", scenes_base, shards, out, stage,
                 lora={"dropout": 0.0},  # its masks follow the micro-batches, which dealing by length changes
-                data={"image_size": pixels, "micro_batch_size": MICRO, "length_grouping": by_length},
+                data={"image_size": pixels, "micro_batch_size": MICRO, **dealing},
                 train={"max_steps": None, "epochs": 1, "grad_accum_steps": accumulation},
             )  # fmt: skip
             run_ranks(
