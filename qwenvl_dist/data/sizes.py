@@ -1,18 +1,23 @@
-"""How large a picture is for the model: sizes alone, without pixels. Imports no torch."""
+"""How large a picture or a sample is for the model, from sizes alone. Imports no torch."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
 
 from qwenvl_dist.errors import UserError
 
 if TYPE_CHECKING:
     from qwenvl_dist.config import PixelRange
+    from qwenvl_dist.data.index import ShardIndex
 
 MAX_ASPECT_RATIO = 200  # qwen_vl_utils.vision_process.MAX_RATIO
+CHARACTERS_PER_TOKEN = 4.5  # of English captions under Qwen2's tokenizer, on average
 
 
 class UnreadableImage(Exception):  # noqa: N818 (names the sample's state; counted, not fatal)
@@ -113,3 +118,20 @@ class ImageSizeRule:
         if image_size % factor:
             raise UserError(f"{name} = {image_size}: this model needs a multiple of {factor} pixels")
         return cls(side=image_size, factor=factor)
+
+
+def estimated_tokens(
+    index: ShardIndex, visual_tokens: Callable[[int, int], int], limit: int | None = None
+) -> NDArray[np.int64]:
+    """Return the (samples, 2) visual tokens of a shard's samples and the tokens of their answers.
+
+    Visual tokens are exact, `limit` at most; answers count as characters / CHARACTERS_PER_TOKEN.
+    """
+    sizes, which = np.unique(index.image_sizes, axis=0, return_inverse=True)
+    visual = np.array([visual_tokens(w, h) for w, h in sizes.tolist()], np.int64)[which.reshape(-1)]
+    until = np.concatenate([[0], np.cumsum(visual)])
+    visual = until[index.image_starts[1:]] - until[index.image_starts[:-1]]
+    if limit is not None:
+        visual = np.minimum(visual, limit)
+    text = (index.caption_lengths / CHARACTERS_PER_TOKEN).astype(np.int64)
+    return np.stack([visual, text], axis=1)
