@@ -58,9 +58,7 @@ def read_config(base: str) -> dict[str, Any]:
 
     Raises UserError when there is none.
     """
-    path = Path(base) / "config.json"
-    if not Path(base).is_dir():
-        path = _cached_config(base)
+    path = base_folder_of(base) / "config.json"
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
@@ -74,7 +72,10 @@ def read_config(base: str) -> dict[str, Any]:
     return config
 
 
-def _cached_config(base: str) -> Path:
+def base_folder_of(base: str) -> Path:
+    """Return the folder of a base, or of the hub's cache; downloads nothing. Raises UserError when there is none."""
+    if Path(base).is_dir():
+        return Path(base)
     from huggingface_hub import try_to_load_from_cache
     from huggingface_hub.errors import HFValidationError
 
@@ -87,7 +88,7 @@ def _cached_config(base: str) -> Path:
             f"model.base = {base}: neither a folder nor in the hub's cache; a plan needs its config.json, "
             "which `hf download` or the first start of a run fetches"
         )
-    return Path(found)
+    return Path(found).parent
 
 
 def shape_of(config: dict[str, Any], base: str) -> BaseShape:
