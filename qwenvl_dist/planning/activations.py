@@ -202,7 +202,8 @@ def _layer(
         else:
             mlp += adapter
     # A fused function has its own intermediates beside all that it kept; modules let go of it one by one.
-    in_mlp = number * rows * ((5 if kernels.fused else 2) * inner + 3 * hidden)
+    masked = kernels.dropout and "down_proj" in targets  # which takes two more as wide as the inner layer
+    in_mlp = number * rows * ((3 + 2 * masked if kernels.fused else 2) * inner + 3 * hidden)
     in_attention = number * tokens * 5 * hidden
     if _attends_by_products(batch, kernels):
         in_attention += 2 * scores

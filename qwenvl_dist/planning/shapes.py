@@ -146,7 +146,7 @@ def parameters_of(shape: BaseShape, recipe: Recipe) -> list[Parameter]:
         if f"{module}.weight" in saved or not any(_ends(module, target) for target in lora.target_modules):
             continue
         rank = _rank(module, lora)
-        shapes = {"lora_A.weight": (rank, columns), "lora_B.weight": (rows, rank)}
+        shapes: dict[str, tuple[int, ...]] = {"lora_A.weight": (rank, columns), "lora_B.weight": (rows, rank)}
         if lora.lora_bias:
             shapes["lora_B.bias"] = (rows,)
         if lora.use_dora:

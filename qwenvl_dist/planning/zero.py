@@ -93,10 +93,11 @@ class States:
 def optimizer_groups(parameters: Iterable[Parameter], optim: OptimConfig) -> list[list[Parameter]]:
     """Return what trains in the groups of `training/optim.py`: by learning rate and weight decay."""
     groups: dict[tuple[float, float], list[Parameter]] = {}
+    rates: dict[str, float] = {**optim.learning_rates}
     for parameter in parameters:
         if not parameter.trains:
             continue
-        rate = optim.learning_rates.get(parameter.recipe_part, optim.learning_rate)
+        rate = rates.get(parameter.recipe_part, optim.learning_rate)
         if optim.lora_plus_ratio is not None and ".lora_B." in parameter.name:
             rate *= optim.lora_plus_ratio
         decay = optim.weight_decay if len(parameter.shape) > 1 else 0.0
@@ -225,10 +226,6 @@ def _stage_3(
     sliced = [sum(slice_of(parameter) for parameter in group) for group in groups]
     slices = sum(sliced)
     largest = max((min(count, zero.sub_group) for count in sliced), default=0)
-    # A float32 model is its own master.
-    moments = OPTIMIZER_BYTES - (
-        MASTER_BYTES if number_bytes == MASTER_BYTES and not zero.weights_on_host else 0
-    )
     gathered = 0
     if world_size > 1 or zero.weights_on_host:
         largest_weight = max((p.numel for p in parameters if p.name not in persistent), default=0)
@@ -248,7 +245,7 @@ def _stage_3(
         weights=number_bytes * held["base"],
         adapter=number_bytes * held["adapter"],
         gradients=number_bytes * slices if on_gpu else 0,
-        optimizer=moments * slices if on_gpu else 0,
+        optimizer=OPTIMIZER_BYTES * slices if on_gpu else 0,
         gathered=number_bytes * gathered,
         buffers=number_bytes * zero.reduce_bucket if zero.contiguous_gradients else 0,
         update=MASTER_BYTES * largest if on_gpu else 0,

@@ -26,37 +26,13 @@ def run_cases(recipes: list[str], out: str) -> None:
     torch.distributed.destroy_process_group()
 
 
-def _measure(recipe: Any) -> dict[str, Any]:
+def _measure(recipe: Any) -> dict[str, int]:
     from qwenvl_dist import distributed
-    from qwenvl_dist.bench.memory import TensorBytes
     from qwenvl_dist.model.load import resolve_base
     from qwenvl_dist.training.run import assemble
     from qwenvl_dist.training.step import train_step
 
-    stage = json.loads(Path(recipe.deepspeed.config).read_text())["zero_optimization"]["stage"]
-    configured = distributed.deepspeed_config
-
-    def any_stage(recipe: Any) -> dict[str, Any]:
-        """Stage 1 too, which the toolkit refuses."""
-        if stage != 1:
-            return configured(recipe)
-        two = Path(recipe.deepspeed.config).with_suffix(".two.json")
-        config = json.loads(Path(recipe.deepspeed.config).read_text())
-        two.with_suffix(f".{os.environ['RANK']}.json").write_text(
-            json.dumps({"zero_optimization": {**config["zero_optimization"], "stage": 2}})
-        )
-        section = recipe.deepspeed.model_copy(
-            update={"config": str(two.with_suffix(f".{os.environ['RANK']}.json"))}
-        )
-        config = configured(recipe.model_copy(update={"deepspeed": section}))
-        config["zero_optimization"]["stage"] = 1
-        return config
-
-    distributed.deepspeed_config = any_stage
-    try:
-        accelerator = distributed.start(recipe)
-    finally:
-        distributed.deepspeed_config = configured
+    accelerator = _start(recipe)
     host = distributed.HostGroup(120)
     state = assemble(
         recipe, accelerator, distributed.Topology.from_environment(), host, resolve_base(recipe.model.base)
@@ -71,30 +47,35 @@ def _measure(recipe: Any) -> dict[str, Any]:
         return step(*args, **kwargs)
 
     zero.step = counted
-    kept = []
-    state.engine.module.register_forward_hook(lambda *_: kept.append(made.now))
-    shapes = []
     steps = state.batches.iterate()
     for _ in range(2):  # moments are made in the first
         micro_batches = next(steps)
         tokens, samples = host.sum(
             sum(b.target_tokens for b in micro_batches), sum(len(b.keys) for b in micro_batches)
         )
-        kept.clear()
-        made = TensorBytes()
-        with made:
-            train_step(state, micro_batches, 1e-4, tokens, samples)
-        shapes = [
-            [
-                *b.input_ids.shape,
-                b.target_tokens,
-                len(b.image_positions),
-                len(b.grids),
-                b.segments is not None,
-            ]
-            for b in micro_batches
-        ]
-    return {**held, "kept": kept, "peak": made.peak, "batches": shapes}
+        train_step(state, micro_batches, 1e-4, tokens, samples)
+    return held
+
+
+def _start(recipe: Any) -> Any:
+    """Start under any stage: 1 too, which the toolkit refuses."""
+    from qwenvl_dist import distributed
+
+    file = Path(recipe.deepspeed.config)
+    zero = json.loads(file.read_text())["zero_optimization"]
+    if zero["stage"] != 1:
+        return distributed.start(recipe)
+    two = file.with_suffix(f".{os.environ['RANK']}.json")
+    two.write_text(json.dumps({"zero_optimization": {**zero, "stage": 2}}))
+    section = recipe.deepspeed.model_copy(update={"config": str(two)})
+    config = distributed.deepspeed_config(recipe.model_copy(update={"deepspeed": section}))
+    config["zero_optimization"]["stage"] = 1
+    configured = distributed.deepspeed_config
+    distributed.deepspeed_config = lambda _: config
+    try:
+        return distributed.start(recipe)
+    finally:
+        distributed.deepspeed_config = configured
 
 
 def _bytes(tensors: Any) -> dict[int, int]:
@@ -132,12 +113,10 @@ def _held(engine: Any, zero: Any) -> dict[str, int]:
         v for s in zero.optimizer.state.values() for v in s.values() if torch.is_tensor(v) and v.numel() > 1
     ]
     optimizer = {k: v for k, v in _bytes([*(m.data for m in masters), *moments]).items() if k not in weights}
-    everything = _bytes(t for t in gc.get_objects() if isinstance(t, torch.Tensor))
     return {
         "weights": sum(weights.values()),
         "gradients": sum(gradients.values()),
         "optimizer": sum(optimizer.values()),
-        "all": sum(everything.values()),
     }
 
 
