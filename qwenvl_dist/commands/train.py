@@ -26,6 +26,11 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
     parser.add_argument(
         "--dry-run", action="store_true", help="check and print the resolved recipe, start nothing"
     )
+    parser.add_argument(
+        "--skip-preflight",
+        action="store_true",
+        help="leave out the checks that every start makes in a moment",
+    )
     parser.set_defaults(run=run)
 
 
@@ -40,11 +45,11 @@ def run(args: argparse.Namespace) -> int:
 
     outcome = Outcome()
     with outcome.recorded():
-        _train(load_recipe(args.recipe, args.overrides), outcome)
+        _train(load_recipe(args.recipe, args.overrides), outcome, args.skip_preflight)
     return 0
 
 
-def _train(recipe: Recipe, outcome: Outcome) -> None:
+def _train(recipe: Recipe, outcome: Outcome, skip_preflight: bool) -> None:
     from qwenvl_dist.guard import Guard, Launchers
     from qwenvl_dist.training.stop import StopSignal
 
@@ -52,6 +57,7 @@ def _train(recipe: Recipe, outcome: Outcome) -> None:
     guard = Guard(outcome)
     guard.watch(Launchers().gone)
     with guard:
+        from qwenvl_dist.preflight.joined import cheap
         from qwenvl_dist.training.run import run_training
 
-        run_training(recipe, stop, guard)
+        run_training(recipe, stop, guard, joined=None if skip_preflight else cheap)

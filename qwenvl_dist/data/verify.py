@@ -135,6 +135,11 @@ def _on_disk(storage: Storage, name: str) -> Iterator[Path]:
         yield tar
 
 
+def verify_shard(storage: Storage, entry: ShardEntry) -> list[Fault]:
+    """Return the faults of one shard of a manifest. A remote one is fetched to the folder for temporary files."""
+    return _verify_shard(storage, (entry.name, entry)).faults
+
+
 def _verify_shard(storage: Storage, task: tuple[str, ShardEntry | None]) -> _Findings:
     name, entry = task
     try:

@@ -85,8 +85,7 @@ def look_at(recipe: Recipe, world_size: int) -> tuple[DataFacts, Samples]:
         raise UserError(f"data.train: {error}") from error
     if not manifest.samples:
         raise UserError(f"data.train = {data.train}: holds no samples; pack some first")
-    filled = [number for number, shard in enumerate(manifest.shards) if shard.samples]
-    chosen = [filled[i] for i in np.unique(np.linspace(0, len(filled) - 1, SHARDS_READ).astype(int)).tolist()]
+    chosen = chosen_shards(manifest)
     try:
         indexes = [
             read_shard_index(storage, manifest.shards[n].name, manifest.shards[n].index_sha256)
@@ -122,6 +121,12 @@ def look_at(recipe: Recipe, world_size: int) -> tuple[DataFacts, Samples]:
         padding_share=padding,
         largest=largest,
     ), samples
+
+
+def chosen_shards(manifest: Manifest) -> list[int]:
+    """Return the numbers of the shards whose indexes are read, spread over all that hold samples."""
+    filled = [number for number, shard in enumerate(manifest.shards) if shard.samples]
+    return [filled[i] for i in np.unique(np.linspace(0, len(filled) - 1, SHARDS_READ).astype(int)).tolist()]
 
 
 def _skeleton_bytes(pictures: int) -> int:

@@ -96,6 +96,9 @@ def load_trained_state(engine: Any, checkpoint: ZeroCheckpoint | RelayedCheckpoi
 
     for partition in zero.single_partition_of_fp32_groups:
         _prepare_adam_state(zero.optimizer, partition, step)
+    zero._hp_optimizer_states_linked = (
+        False  # an engine that has made steps is linked to the moments of before
+    )
     zero._lazy_init_hp_params_optimizer_state()  # links each parameter to its slice of the moments just made
     for name, parameter in parameters.items():
         master = checkpoint.fp32(name)

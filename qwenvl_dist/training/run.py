@@ -39,6 +39,8 @@ from qwenvl_dist.training.state import DataIdentity, TrainState
 from qwenvl_dist.training.tracking import start_trackers
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from accelerate import Accelerator
     from torch import nn
 
@@ -219,10 +221,16 @@ def _check_generations(recipe: Recipe) -> None:
         raise UserError(f"eval.scores: {missing}; or set eval.scores=[] for captions without scores")
 
 
-def run_training(recipe: Recipe, stop: StopSignal, guard: Guard | None = None) -> None:
+def run_training(
+    recipe: Recipe,
+    stop: StopSignal,
+    guard: Guard | None = None,
+    joined: Callable[[Recipe, HostGroup], None] | None = None,
+) -> None:
     """Train as the recipe says, resuming where an earlier start left off, until `stop`. Collective.
 
-    `guard` ends the process when a rank does not answer within train.timeout_seconds.
+    `guard` ends the process when a rank does not answer within train.timeout_seconds. `joined` is called once the ranks
+    can exchange something, and before anything is loaded or written; what it raises ends the run.
     """
     guard = guard or Guard()
     startup = StartUp()
@@ -233,6 +241,9 @@ def run_training(recipe: Recipe, stop: StopSignal, guard: Guard | None = None) -
     stop.joined()
     host = HostGroup(collective_seconds(recipe.train.timeout_seconds))
     with Heartbeat(host, guard, recipe.train.timeout_seconds):
+        if joined is not None:
+            joined(recipe, host)
+            startup.mark("preflight")
         _run_joined(recipe, accelerator, host, stop, guard, startup)
     accelerator.end_training()
 

@@ -1,0 +1,192 @@
+"""Checks of the shards: are they those, are they whole, and what is in them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import NDArray
+
+from qwenvl_dist.data.sizes import ImageSizeRule, estimated_tokens
+from qwenvl_dist.data.verify import verify_shard
+from qwenvl_dist.errors import UserError
+from qwenvl_dist.planning.samples import CHAT_TOKENS, PICTURE_TOKENS, chosen_shards
+from qwenvl_dist.preflight.checks import Context, Verdict, fail, ok, warn
+
+if TYPE_CHECKING:
+    from qwenvl_dist.data.index import ShardIndex
+
+MUCH_CUT = 0.01  # share of samples of which something is taken away
+
+
+def manifests(context: Context) -> Verdict:
+    """All ranks read the same manifests, with samples in them."""
+    everyone = context.of_all(lambda: _manifests(context))
+    main = everyone[0]
+    for rank, other in enumerate(everyone):
+        for key, (fingerprint, _) in main.items():
+            if other.get(key, ("", ""))[0] != fingerprint:
+                return fail(
+                    f"{key} has another fingerprint on {context.named([rank])} than on rank 0",
+                    "let all nodes read one data set: copies must be those of one packing",
+                )
+    return ok("; ".join(f"{key} {shown}, {fingerprint[:12]}" for key, (fingerprint, shown) in main.items()))
+
+
+def _manifests(context: Context) -> dict[str, tuple[str, str]]:
+    """Return (fingerprint, description) of each data set that the recipe names."""
+    data = context.recipe.data
+    found = {}
+    for key, place in (("data.train", data.train), ("data.validation", data.validation)):
+        if not place:
+            continue
+        try:
+            manifest = (context.shards if key == "data.train" else context.open_shards(place)).manifest
+        except UserError as error:
+            raise UserError(f"{key}: {error}") from error
+        if not manifest.samples:
+            raise UserError(f"{key} = {place}: holds no samples; pack some first")
+        found[key] = (
+            manifest.fingerprint,
+            f"{manifest.samples:,} samples in {len(manifest.shards):,} shards",
+        )
+    return found
+
+
+def sampled_shards(context: Context) -> Verdict:
+    """Some shards, other ones on each rank, hold what the manifest says, byte for byte."""
+    manifest = context.shards.manifest
+    filled = [entry for entry in manifest.shards if entry.samples]
+    wanted = context.sampled_shards * context.host.world_size
+    chosen = np.unique(np.linspace(0, len(filled) - 1, wanted).astype(int))
+    mine = chosen[context.host.rank :: context.host.world_size]
+    entries = [filled[number] for number in mine.tolist()]
+    storage = context.shards.storage
+    parts = context.of_all(lambda: [fault for entry in entries for fault in verify_shard(storage, entry)])
+    faults = [fault for part in parts for fault in part]
+    looked = sum(filled[number].samples for number in chosen.tolist())
+    shown = f"{len(chosen)} of {len(filled)} shards, {looked:,} samples"
+    if not faults:
+        return ok(shown)
+    first = faults[0]
+    where = first.shard if first.key is None else f"{first.key} in {first.shard}"
+    shown += f": {len(faults)} faults, such as {where}: {first.reason}"
+    remedy = (
+        f"qwenvl-dist shards verify {context.recipe.data.train} names all; copy or pack these shards again"
+    )
+    whole = [fault for fault in faults if fault.key is None]
+    if whole or len(faults) > context.recipe.data.bad_sample_budget * looked:
+        return fail(shown, remedy)
+    return warn(shown, remedy)
+
+
+def _indexes(context: Context) -> Iterator[tuple[str, ShardIndex]]:
+    """Yield the names and indexes that the plan reads too."""
+    shards = context.shards
+    for number in chosen_shards(shards.manifest):
+        yield shards.manifest.shards[number].name, shards.index(number)
+
+
+def _rule(context: Context) -> ImageSizeRule:
+    data = context.recipe.data
+    size = data.picture_size
+    if isinstance(size, int):
+        return ImageSizeRule(side=size)
+    return ImageSizeRule(None, size.min_pixels, size.max_pixels, max_visual_tokens=data.max_visual_tokens)
+
+
+def _tokens(context: Context) -> tuple[NDArray[np.int64], list[tuple[str, ShardIndex]]]:
+    """Return (samples, 2) visual and text tokens of the samples of the indexes."""
+    rule = _rule(context)
+    found = list(_indexes(context))
+    tokens = [estimated_tokens(index, rule.visual_tokens, rule.max_visual_tokens) for _, index in found]
+    return np.concatenate(tokens), found
+
+
+def _place(row: int, indexes: list[tuple[str, ShardIndex]]) -> tuple[str, str, ShardIndex, int]:
+    """Return (shard, key, index, number in it) of a row of `_tokens`."""
+    for shard, index in indexes:
+        if row < len(index):
+            return shard, index.keys[row], index, row
+        row -= len(index)
+    raise AssertionError("a row of the tokens has a place")
+
+
+def lengths(context: Context) -> Verdict:
+    """Visual tokens fit into data.max_length; how much has to be cut, shrunk or dropped for that."""
+    data = context.recipe.data
+    tokens, indexes = _tokens(context)
+    frame = CHAT_TOKENS + PICTURE_TOKENS
+    hopeless = tokens[:, 0] + frame >= data.max_length
+    if data.over_length == "shrink":
+        hopeless = frame + tokens[:, 1] >= data.max_length
+    too_long = tokens.sum(axis=1) + frame > data.max_length
+    share = float(np.mean(hopeless))
+    longest = int(tokens.sum(axis=1).max()) + frame
+    shown = f"longest about {longest} tokens of data.max_length = {data.max_length}"
+    if hopeless.any():
+        row = int(np.argmax(np.where(hopeless, tokens.sum(axis=1), 0)))
+        shard, key, _, _ = _place(row, indexes)
+        value = (
+            f"{share:.2%} of samples cannot fit into data.max_length = {data.max_length}, such as {key} in {shard} "
+            f"with {tokens[row, 0]} visual tokens"
+        )
+        remedy = "raise data.max_length, or let pictures be smaller: data.image_size, data.max_visual_tokens"
+        if data.over_length != "drop" and share > data.bad_sample_budget:
+            return fail(value, remedy)  # visual tokens are never cut: each would be a bad sample
+        return warn(value, remedy)
+    if float(np.mean(too_long)) > MUCH_CUT:
+        did = {"cut": "lose the end of the caption", "shrink": "get smaller pictures", "drop": "are left out"}
+        return warn(
+            f"{shown}; {np.mean(too_long):.1%} of samples {did[data.over_length]}",
+            "raise data.max_length, or let pictures be smaller: data.image_size, data.max_visual_tokens",
+        )
+    return ok(shown)
+
+
+def text_only(context: Context) -> Verdict:
+    """How many samples have no picture; every rank runs the vision tower all the same."""
+    tokens, _ = _tokens(context)
+    share = float(np.mean(tokens[:, 0] == 0))
+    if share == 1:
+        return warn("no sample has a picture", "look at what was packed: qwenvl-dist shards show")
+    return ok(f"{share:.1%} of samples")
+
+
+def extremes(context: Context) -> Verdict:
+    """Which samples are the longest and the largest."""
+    tokens, indexes = _tokens(context)
+    shown = []
+    for name, row in (
+        ("longest text", int(tokens[:, 1].argmax())),
+        ("most visual tokens", int(tokens[:, 0].argmax())),
+    ):
+        shard, key, index, number = _place(row, indexes)
+        sizes = index.images(number).tolist()
+        size = f", {' '.join(f'{w}x{h}' for w, h in sizes[:3])} pixels" if sizes else ""
+        shown.append(
+            f"{name}: {key} in {shard}, about {tokens[row, 1]} text and {tokens[row, 0]} visual tokens{size}"
+        )
+    return ok("; ".join(shown))
+
+
+def worst_samples(context: Context, count: int, budget: int | None) -> list[tuple[int, int]]:
+    """Return (shard, number in it) of the samples of the largest micro-batch that could come up.
+
+    The longest ones, the one with the most visual tokens among them; under a budget of visual tokens as many as fit.
+    """
+    tokens, indexes = _tokens(context)
+    total = tokens.sum(axis=1)
+    rows = list(
+        dict.fromkeys([int(tokens[:, 0].argmax()), *np.argsort(-total, kind="stable")[:count].tolist()])
+    )
+    if budget:
+        limited = np.minimum(tokens[rows, 0], budget)
+        rows = [row for row, seen in zip(rows, np.cumsum(limited), strict=True) if seen <= budget] or rows[:1]
+    names = [entry.name for entry in context.shards.manifest.shards]
+    found = []
+    for row in rows[:count]:
+        shard, _, _, number = _place(row, indexes)
+        found.append((names.index(shard), number))
+    return found
