@@ -126,8 +126,8 @@ def text(plan: Plan) -> str:
         f"             about {tokens}",
         f"arithmetic   {work.flops_per_step / 1e12:,.1f} TFLOP a step; {work.seconds_per_step:.2f} s a step and "
         f"{work.days:.2f} days at {work.mfu:.0%} of {work.peak_flops / 1e12:,.0f} TFLOP/s ({work.gpu})",
-        f"checkpoints  {_size(written.bytes)} in {written.files} files each, {written.written:,} written, at most "
-        f"{written.on_disk} at a time: {_size(written.disk_bytes)}, {written.disk_files:,} files and folders",
+        f"checkpoints  {describe_bytes(written.bytes)} in {written.files} files each, {written.written:,} written, at most "
+        f"{written.on_disk} at a time: {describe_bytes(written.disk_bytes)}, {written.disk_files:,} files and folders",
         "",
     ]
     largest = data.largest
@@ -166,7 +166,8 @@ def _gib(size: int) -> str:
     return f"{size / GIB:.2f}"
 
 
-def _size(size: int) -> str:
+def describe_bytes(size: int) -> str:
+    """Return bytes for a person."""
     return f"{size / GIB:.2f} GiB" if size >= GIB else f"{size / (1 << 20):.1f} MiB"
 
 

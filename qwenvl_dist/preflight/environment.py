@@ -14,6 +14,7 @@ from pathlib import Path
 from time import time
 from typing import TYPE_CHECKING, Any
 
+from qwenvl_dist.planning.table import describe_bytes
 from qwenvl_dist.preflight.checks import Context, Verdict, fail, has_gpu, ok, warn
 
 if TYPE_CHECKING:
@@ -26,6 +27,7 @@ PACKAGE = Path(__file__).resolve().parents[1]
 DISTRIBUTION = "qwenvl-dist"
 MIN_OPEN_FILES = 1024
 CLOCK_WARNS_SECONDS, CLOCK_FAILS_SECONDS = 2.0, 300.0
+NVIDIA_DEVICE = Path("/dev/nvidiactl")
 SHARED_MEMORY = Path("/dev/shm")
 COLLECTIVES_BYTES = 64 << 20  # a rank: above the 33 MiB that NCCL is seen to take
 _PER_NODE = ("data.cache_dir",)  # launch/node.sh sets it
@@ -69,7 +71,7 @@ def accelerator(context: Context) -> Verdict:
     import torch
 
     if not torch.cuda.is_available():
-        if Path("/dev/nvidiactl").exists():
+        if NVIDIA_DEVICE.exists():
             return fail(
                 f"the node has NVIDIA GPUs, torch {torch.__version__} cannot use them",
                 "install a torch built for CUDA and a driver that is new enough for it",
@@ -95,7 +97,9 @@ def accelerator(context: Context) -> Verdict:
             f"{name}: {free / GIB:.1f} of {total / GIB:.1f} GiB are free before the run",
             "nvidia-smi names who has the rest; a process of an earlier run may be left",
         )
-    nccl = ".".join(str(part) for part in torch.cuda.nccl.version())
+    from torch.cuda import nccl as library
+
+    nccl = ".".join(str(part) for part in library.version())
     return ok(f"{count} x {name}, {total / GIB:.0f} GiB, CUDA {torch.version.cuda}, NCCL {nccl}")
 
 
@@ -226,25 +230,24 @@ def compiled_ops(context: Context) -> Verdict:
     prepare_environment()
     zero = deepspeed_config(context.recipe)["zero_optimization"]
     device = (zero.get("offload_optimizer") or {}).get("device", "none")
-    needed: dict[str, Callable[[], Any]] = {}
-    from deepspeed.ops.op_builder import AsyncIOBuilder, CPUAdamBuilder
-
-    if not has_gpu():
-        from deepspeed.ops.op_builder.cpu import ShareMemCommBuilder
-
-        needed["deepspeed_shm_comm"] = ShareMemCommBuilder
+    needed = [] if has_gpu() else ["deepspeed_shm_comm"]
     if device in ("cpu", "nvme"):
-        needed["cpu_adam"] = CPUAdamBuilder
+        needed.append("cpu_adam")
     if device == "nvme":
-        needed["async_io"] = AsyncIOBuilder
+        needed.append("async_io")
     if not needed:
         return ok("none is needed")
     folder = _extensions_folder()
     missing = [name for name in needed if not any(folder.rglob(f"{name}.so"))]
     if not missing:
         return ok(f"{', '.join(needed)} in {folder}")
-    if "async_io" in missing and not AsyncIOBuilder().is_compatible(verbose=False):
-        return fail("async_io cannot be compiled", "install libaio's headers (libaio-dev), or offload to cpu")
+    if "async_io" in missing:
+        from deepspeed.ops.op_builder.async_io import AsyncIOBuilder
+
+        if not AsyncIOBuilder().is_compatible(verbose=False):
+            return fail(
+                "async_io cannot be compiled", "install libaio's headers (libaio-dev), or offload to cpu"
+            )
     for tool in ("c++", "ninja"):
         if shutil.which(tool) is None:
             return fail(f"{', '.join(missing)} must be compiled, and {tool} is not there", f"install {tool}")
@@ -270,7 +273,8 @@ def disk_space(context: Context) -> Verdict:
     written = context.plan.checkpoints
     needed = max(0, written.disk_bytes - own)
     free = shutil.disk_usage(place).free
-    shown = f"{free / GIB:.1f} GiB free at {context.run}, {needed / GIB:.2f} GiB for {written.on_disk} checkpoints"
+    room, wanted = describe_bytes(free), describe_bytes(needed)
+    shown = f"{room} free at {context.run}, {wanted} for {written.on_disk} checkpoints at a time"
     remedy = "free some, choose another train.output_dir, or lower train.keep_checkpoints"
     if free < needed:
         return fail(shown, remedy)

@@ -79,7 +79,7 @@ def processor(context: Context) -> Verdict:
 
 
 def adapter_targets(context: Context) -> Verdict:
-    """Each target of the adapter matches layers, none in the vision tower unless the recipe names its layers."""
+    """Each target of the adapter matches linear layers; how many of them are in the vision tower."""
     recipe = context.recipe
     parameters = parameters_of(
         shape_of(context.base.config, recipe.model.base), recipe
@@ -93,14 +93,6 @@ def adapter_targets(context: Context) -> Verdict:
     shown = (
         f"{len(modules)} layers, {count / 1e6:,.3f} M parameters; {len(tower)} of them in the vision tower"
     )
-    both = {name.rsplit(".", 1)[-1] for name in tower} & {
-        name.rsplit(".", 1)[-1] for name in modules - set(tower)
-    }
-    if both:
-        return warn(
-            f"{shown}, where {', '.join(sorted(both))} matches layers of the language model too",
-            "name longer ends in lora.target_modules, such as mlp.gate_proj",
-        )
     return ok(shown)
 
 

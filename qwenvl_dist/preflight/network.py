@@ -48,16 +48,19 @@ def links(context: Context) -> Verdict:
         for pair in pairs:
             if context.host.rank in pair:
                 mine.append(_measure(pair, context))
-    found: dict[tuple[int, int], Link] = {}
+    views: dict[tuple[int, int], list[Link]] = {}
     for link in (link for part in context.host.gather(mine) for link in part):
-        other = found.get(link.ranks, link)
-        found[link.ranks] = Link(
-            link.ranks,
-            max(link.latency, other.latency),
-            min(link.all_reduce, other.all_reduce),
-            min(link.all_gather, other.all_gather),
+        views.setdefault(link.ranks, []).append(link)
+    found = [
+        Link(
+            ranks,
+            max(link.latency for link in both),
+            min(link.all_reduce for link in both),
+            min(link.all_gather for link in both),
         )
-    return _judge(context, list(found.values()), "nodes" if several else "ranks")
+        for ranks, both in views.items()
+    ]
+    return _judge(context, found, "nodes" if several else "ranks")
 
 
 def _judge(context: Context, links: Sequence[Link], ends: str) -> Verdict:

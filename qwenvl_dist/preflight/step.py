@@ -87,13 +87,14 @@ def adapter_gradients(context: Context) -> Verdict:
     rate = context.recipe.optim.learning_rate
     if context.recipe.lora is not None:
         rate = max(rate, ADAPTER_RATE)
+    context.losses = None
     before = _loss(context, batches)
     census = GradientCensus(state.engine.module)
-    starved: list[str] = []
+    starved: dict[str, None] = {}
     try:
         for step in (1, 2):
             _step(context, batches, rate)
-            starved += census.starved(state, step)
+            starved |= dict.fromkeys(census.starved(state, step))
     finally:
         census.close()
     context.losses = (before, _loss(context, batches))
@@ -102,7 +103,7 @@ def adapter_gradients(context: Context) -> Verdict:
     count = sum("lora_" in name for name, _ in state.engine.module.named_parameters())
     if starved:
         return fail(
-            f"{len(starved)} of {count} tensors get none, such as {starved[0]}",
+            f"{len(starved)} of {count} tensors get none, such as {next(iter(starved))}",
             "the adapter would not train: is activation checkpointing reentrant, or its layer left out of the passes?",
         )
     return ok(f"all {count} tensors")

@@ -153,7 +153,7 @@ def test_lengths_padding_and_arithmetic_are_those_of_the_real_stream(
     encoder = SampleEncoder(real_processor, rule, 8192, exact_resize=False)
     shards = ShardSet(photo_shards)
     order = RunPlan(shards.manifest.shard_sizes, seed=0, window=64)
-    config = type(load_model(tiny_base, recipe.model)).config_class.from_pretrained(tiny_base)
+    config = load_model(tiny_base, recipe.model).config
     real = padded = targets = visual = flops = length = 0
     for rank in range(2):
         stream = CaptionStream(shards, order, layout, encoder, rank=rank, workers=0, length_grouping=True)
@@ -233,7 +233,10 @@ def test_settings_of_a_deepspeed_file_are_read_with_deepspeeds_defaults() -> Non
     from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 
     for stage in (1, 2, 3):
-        ours, theirs = ZeroSettings.of({"stage": stage}, 96), DeepSpeedZeroConfig(stage=stage)
+        ours, theirs = (
+            ZeroSettings.of({"stage": stage}, 96),
+            DeepSpeedZeroConfig.model_validate({"stage": stage}),
+        )
         assert (ours.reduce_bucket, ours.overlap, ours.contiguous_gradients, ours.sub_group) == (
             theirs.reduce_bucket_size, theirs.overlap_comm, theirs.contiguous_gradients, theirs.sub_group_size
         )  # fmt: skip
