@@ -3,6 +3,7 @@
 #   bash launch/multi_node.sh --hosts node1,node2 train RECIPE [key.path=value ...]
 # or one line on any host that reaches them by ssh without a password:
 #   bash launch/multi_node.sh --hosts node1,node2 --ssh train RECIPE [key.path=value ...]
+# The same with `preflight RECIPE --option=value` in place of `train RECIPE` looks at all hosts first.
 # --port N (29500) on the first host; --this NAME where `hostname -s` is not the name in the list. slurm/site.env is read too.
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -20,7 +21,7 @@ while [[ ${1:-} == --* ]]; do
   esac
 done
 [ ${#hosts[@]} -gt 0 ] || stop "--hosts node1,node2 is missing: the first one is the host of rank 0"
-[ $# -gt 1 ] || stop "say what to run: train RECIPE"
+[ $# -gt 1 ] || stop "say what to run: train RECIPE, or preflight RECIPE"
 
 if [ -z "$by_ssh" ]; then
   for rank in "${!hosts[@]}"; do

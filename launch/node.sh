@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # This node's ranks among those of all nodes:  node.sh NODE_RANK NODES MAIN_HOST PORT train RECIPE [key.path=value ...]
-# or ... shards encode SHARDS [options]. Runs on each node; slurm/*.sbatch and multi_node.sh start it.
+# or ... preflight RECIPE [--option=value ...] or ... shards encode SHARDS [options]. Runs on each node; slurm/*.sbatch and
+# multi_node.sh start it.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 source "${QWENVL_SITE:-slurm/site.env}"
@@ -9,8 +10,10 @@ shift 4
 per_node=${QWENVL_PROCESSES_PER_NODE:-${SLURM_GPUS_ON_NODE:-1}}
 
 zero_stage=2 zero_file=ds_configs/zero2.json timeout_seconds=600
-if [ "$1" = train ]; then
-  layout=$($QWENVL_PREFIX qwenvl-dist job layout "${@:2}")
+if [ "$1" = train ] || [ "$1" = preflight ]; then
+  words=()
+  for word in "${@:2}"; do [[ $word == --* ]] || words+=("$word"); done
+  layout=$($QWENVL_PREFIX qwenvl-dist job layout "${words[@]}")
   eval "$layout"  # zero_stage, zero_file and timeout_seconds as the recipe has them
   if [ -n "$QWENVL_SCRATCH" ]; then
     if mkdir -p "$QWENVL_SCRATCH" && [ -w "$QWENVL_SCRATCH" ]; then

@@ -64,3 +64,17 @@ def test_links_in_documents_lead_somewhere() -> None:
     for path in DOCUMENTS:
         for target in re.findall(r"\]\(([^)#:]+)\)", path.read_text()):
             assert (path.parent / target).exists(), f"{path.name} links to {target}"
+
+
+def test_every_check_is_documented() -> None:
+    from qwenvl_dist.preflight.registry import CHECKS
+
+    rows = [
+        line for line in (ROOT / "docs" / "preflight.md").read_text().splitlines() if line.startswith("|")
+    ]
+    first_lines = [(check.look.__doc__ or "").splitlines()[0] for check in CHECKS]
+    wanted = [
+        f"| {check.group} | `{check.name}`{'*' * check.cheap} | {line} |"
+        for check, line in zip(CHECKS, first_lines, strict=True)
+    ]
+    assert rows[2:] == wanted

@@ -8,7 +8,9 @@ from tests.training.runs import read_lines, write_recipe
 
 PATIENCE = 150  # seconds for a start, on a busy machine
 RANK = "-u -m qwenvl_dist train"  # in the command line of a rank, not in its launcher's
-CPU = {"QWENVL_DEVICE": "cpu", "QWENVL_STATUS_SECONDS": "2", "QWENVL_LEAVE_SECONDS": "20"}
+CPU = {
+    "QWENVL_DEVICE": "cpu", "QWENVL_STATUS_SECONDS": "2", "QWENVL_LEAVE_SECONDS": "20", "QWENVL_PREFLIGHT": "none",
+}  # fmt: skip
 TWO_NODES = ["--nodes=2", "--gpus-per-node=1"]
 
 

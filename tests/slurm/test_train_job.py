@@ -120,3 +120,35 @@ def test_a_wrong_recipe_ends_at_once_and_a_cancelled_job_stays_so(
     ended = lab.job(job)
     assert (ended["JobState"], ended["Restarts"]) == ("CANCELLED", "0")
     assert not any(node.pids("qwenvl_dist") for node in lab.nodes.values())
+
+
+def test_a_job_looks_before_it_trains_and_ends_when_something_is_wrong(
+    lab: Lab, scenes_base: Path, scene_shards: Path, tmp_path: Path
+) -> None:
+    recipe = write_lab_recipe(tmp_path / "run.yaml", scenes_base, scene_shards)
+    looks = {"QWENVL_PREFLIGHT": "all"}
+    wrong = submit(lab, recipe, "lora.target_modules=[q_prj]", log=tmp_path / "wrong.log", env=looks)
+    ended = lab.wait(wrong, PATIENCE)
+    said = (tmp_path / "wrong.log").read_text()
+    assert (ended["JobState"], ended["ExitCode"], ended["Restarts"]) == ("FAILED", "1:0", "0"), said
+    assert "preflight failed, nothing was trained" in said
+    (log,) = (tmp_path / "run" / "logs").glob(f"*{wrong}*node1.log")
+    assert (
+        "fail    adapter_targets        lora.target_modules: 'q_prj' matches no linear layer"
+        in log.read_text()
+    )
+    assert not (tmp_path / "run" / "checkpoints").exists()
+
+    looks = {"QWENVL_PREFLIGHT": "storage links"}
+    job = submit(lab, recipe, "train.max_steps=4", log=tmp_path / "job.log", env=looks)
+    ended = lab.wait(job, PATIENCE)
+    (log,) = (tmp_path / "run" / "logs").glob(f"*{job}*node1.log")
+    assert ended["JobState"] == "COMPLETED", log.read_text()
+    assert "1 links between nodes: median" in log.read_text()
+    assert last_step(tmp_path / "run") == 4
+
+    again = submit(lab, recipe, "train.max_steps=6", log=tmp_path / "again.log", env=looks)
+    lab.wait(again, PATIENCE)
+    (log,) = (tmp_path / "run" / "logs").glob(f"*{again}*node1.log")
+    assert "links between nodes" not in log.read_text(), "a run with a checkpoint is not looked at again"
+    assert last_step(tmp_path / "run") == 6
