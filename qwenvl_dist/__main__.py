@@ -28,6 +28,7 @@ COMMANDS = (
     "bench",
     "synthetic",
     "job",
+    "download",
 )
 
 _MOMENT = 1.0  # seconds

@@ -43,7 +43,7 @@ class MissingFileError(StorageError, FileNotFoundError):
     """There is no such file."""
 
 
-class _TransientError(StorageError):
+class TransientError(StorageError):
     """Worth another try, after `pause_seconds` at the least."""
 
     def __init__(self, reason: str, pause_seconds: float = 0) -> None:
@@ -57,20 +57,22 @@ class ReadPolicy:
 
     timeout_seconds: float = 60  # without a byte
     retries: int = 5  # after the first try, with growing pauses
+    longest_wish_seconds: float = LONGEST_PAUSE_SECONDS  # a server's Retry-After above it is cut to it
 
     def run(self, action: Callable[[], Result]) -> Result:
         """Return what `action` returns, tried again while it fails in a way that may pass."""
         for attempt in itertools.count():
             try:
                 return action()
-            except _TransientError as error:
+            except TransientError as error:
                 if attempt == self.retries:
                     tried = f", tried {attempt + 1} times" if attempt else ""
                     raise StorageError(f"{error}{tried}") from None
                 pause = (
                     FIRST_PAUSE_SECONDS * 2**attempt * random.uniform(0.5, 1)
                 )  # ranks must not come in step
-                time.sleep(min(LONGEST_PAUSE_SECONDS, max(pause, error.pause_seconds)))
+                wish = min(error.pause_seconds, self.longest_wish_seconds)
+                time.sleep(max(min(LONGEST_PAUSE_SECONDS, pause), wish))
         raise AssertionError("unreachable")
 
 
@@ -308,7 +310,13 @@ def coalesce(ranges: Sequence[Range]) -> list[tuple[int, int, list[int]]]:
 class HttpStorage(_RemoteStorage):
     """A folder on a web server. A query in the location, such as a signature, goes with every request."""
 
-    def __init__(self, location: str, policy: ReadPolicy = ReadPolicy()) -> None:
+    def __init__(
+        self,
+        location: str,
+        policy: ReadPolicy = ReadPolicy(),
+        connections: HttpStorage | None = None,  # of this other folder on the same server are used too
+        max_idle_connections: int = 8,
+    ) -> None:
         parts = urlsplit(location)
         if not parts.hostname:
             raise UserError(f"{location}: names no host; write it like https://host/folder")
@@ -317,7 +325,8 @@ class HttpStorage(_RemoteStorage):
         self.policy = policy
         self._query = f"?{parts.query}" if parts.query else ""
         self._login = f"{unquote(parts.username)}:{unquote(parts.password or '')}" if parts.username else None
-        self._pools: dict[int, Any] = {}  # process id -> connections
+        self._max_idle_connections = max_idle_connections
+        self._pools: dict[int, Any] = {} if connections is None else connections._pools  # by process id
         self._seen: dict[str, tuple[int, str | None]] = {}  # name -> size, etag
 
     def __getstate__(self) -> dict[str, Any]:
@@ -351,7 +360,7 @@ class HttpStorage(_RemoteStorage):
         num_bytes = self._check_range(response, name, offset, last)
         data = self._read_all(response)
         if len(data) != num_bytes:
-            raise _TransientError("the connection broke off")
+            raise TransientError("the connection broke off")
         return data
 
     def _check_range(self, response: Any, name: str, offset: int, last: int | None) -> int:
@@ -418,8 +427,7 @@ class HttpStorage(_RemoteStorage):
             raise MissingFileError(f"no such file ({response.status})")
         reason = f"the server answers {response.status} {response.reason or ''}".rstrip()
         if response.status in TRANSIENT_STATUS:
-            wait = response.headers.get("Retry-After", "")
-            raise _TransientError(reason, float(wait) if wait.isdigit() else 0)
+            raise TransientError(reason, _wish_seconds(response.headers.get("Retry-After", "")))
         raise StorageError(reason)
 
     def _chunks(self, response: Any) -> Any:
@@ -445,17 +453,17 @@ class HttpStorage(_RemoteStorage):
         self._read_all(response)
         return response
 
-    def _transient(self, error: Exception) -> _TransientError:
+    def _transient(self, error: Exception) -> TransientError:
         from urllib3 import exceptions
 
         cause = getattr(error, "reason", None) or error
         if isinstance(cause, exceptions.NewConnectionError):
-            return _TransientError("no connection to the server")
+            return TransientError("no connection to the server")
         if isinstance(cause, exceptions.TimeoutError):
-            return _TransientError(f"no answer within {self.policy.timeout_seconds:g} s")
+            return TransientError(f"no answer within {self.policy.timeout_seconds:g} s")
         if isinstance(cause, exceptions.ProtocolError):
-            return _TransientError("the connection broke off")
-        return _TransientError(f"{type(cause).__name__}: {cause}".replace(self._query or "\0", ""))
+            return TransientError("the connection broke off")
+        return TransientError(f"{type(cause).__name__}: {cause}".replace(self._query or "\0", ""))
 
     def _pool(self) -> Any:
         pool = self._pools.get(os.getpid())
@@ -470,7 +478,7 @@ class HttpStorage(_RemoteStorage):
                 "headers": {**headers, "Accept-Encoding": "identity"},
                 "timeout": urllib3.Timeout(connect=min(CONNECT_SECONDS, timeout), read=timeout),
                 "retries": urllib3.Retry(total=None, connect=0, read=0, status=0, other=0, redirect=5),
-                "maxsize": 8,
+                "maxsize": self._max_idle_connections,
             }
             parts = urlsplit(self.location)
             proxy = getproxies().get(parts.scheme)
@@ -480,6 +488,18 @@ class HttpStorage(_RemoteStorage):
                 pool = urllib3.PoolManager(**options)
             pool = self._pools.setdefault(os.getpid(), pool)
         return pool
+
+
+def _wish_seconds(retry_after: str) -> float:
+    """Return how long a server asks to be left alone: a number of seconds or a date; 0 for what is neither."""
+    if retry_after.isdigit():
+        return float(retry_after)
+    from email.utils import parsedate_to_datetime
+
+    try:
+        return max(0.0, parsedate_to_datetime(retry_after).timestamp() - time.time())
+    except ValueError:
+        return 0.0
 
 
 class FsspecStorage(_RemoteStorage):
@@ -563,7 +583,7 @@ class FsspecStorage(_RemoteStorage):
             except (PermissionError, NotImplementedError, ImportError) as error:
                 raise StorageError(f"{type(error).__name__}: {error}") from None
             except Exception as error:  # each back end has errors of its own
-                raise _TransientError(f"{type(error).__name__}: {error}") from None
+                raise TransientError(f"{type(error).__name__}: {error}") from None
 
         return self.policy.run(attempt)
 

@@ -240,7 +240,7 @@ def test_pauses_grow_and_a_servers_wish_is_heard(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(storage.time, "sleep", pauses.append)
 
     def fail() -> None:
-        raise storage._TransientError("busy", pause_seconds=7 if len(pauses) == 1 else 0)
+        raise storage.TransientError("busy", pause_seconds=7 if len(pauses) == 1 else 0)
 
     with pytest.raises(StorageError, match="busy, tried 7 times"):
         ReadPolicy(1, 6).run(fail)
