@@ -11,8 +11,10 @@ from qwenvl_dist.errors import UserError
 
 if TYPE_CHECKING:
     from qwenvl_dist.evaluate.captioner import Captioner
+    from qwenvl_dist.evaluate.run import Load, ShardEvaluation
 
 ROWS_SHOWN = 8
+DEFAULT_SCORES = "Bleu,METEOR,ROUGE_L,CIDEr"
 PATIENCE_SECONDS = 7 * 86400.0  # a rank may be done long before the others
 
 
@@ -34,6 +36,12 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
     parser.add_argument(
         "--merged", metavar="DIR", type=Path, help="a model merged from MODEL and an adapter, to compare with"
     )
+    parser.add_argument(
+        "--task",
+        choices=("captions", "grounding"),
+        default="captions",
+        help="grounding: precision and recall of boxes at IoU 0.5 instead of caption scores (default: captions)",
+    )
     parser.add_argument("--limit", metavar="N", type=int, help="only the first N samples")
     parser.add_argument("--workers", metavar="N", type=int, default=0, help="loader processes (default: 0)")
     parser.add_argument(
@@ -46,7 +54,7 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
     parser.add_argument(
         "--scores",
         metavar="LIST",
-        default="Bleu,METEOR,ROUGE_L,CIDEr",
+        default=DEFAULT_SCORES,
         help="which scores, all of which need Java, or `none` (default: %(default)s)",
     )
     parser.add_argument(
@@ -66,6 +74,14 @@ def run(args: argparse.Namespace) -> int:
     """Print a table of the first samples and the numbers, or one JSON object; rank 0 alone does."""
     options.check(args)
     kinds = _kinds(args.scores)
+    if args.task == "grounding" and (args.scores, args.scored, args.caption_mark) != (
+        DEFAULT_SCORES,
+        "first",
+        "&&",
+    ):
+        raise UserError(
+            "--scores, --scored and --caption-mark are for captions; they do not go with --task grounding"
+        )
     if not args.caption_mark.strip():
         raise UserError("--caption-mark: is empty; name what separates captions, such as &&")
     from qwenvl_dist.data.index import Manifest
@@ -92,6 +108,8 @@ def run(args: argparse.Namespace) -> int:
         work = ShardEvaluation(
             args.shards, limit=args.limit, batch_size=args.batch_size, workers=args.workers, host=host
         )
+        if args.task == "grounding":
+            return _run_grounding(args, work, load)
         numbers, rows = evaluate(
             work,
             models_to_compare(load, args.model, args.adapter, args.merged),
@@ -108,6 +126,24 @@ def run(args: argparse.Namespace) -> int:
             options.say(_extreme(which, entry), args.json)
     options.print_numbers(numbers, args.json)
     options.say(f"all of it, with pictures: {args.out / PAGE}", args.json)
+    return 0
+
+
+def _run_grounding(args: argparse.Namespace, work: ShardEvaluation, load: Load) -> int:
+    from qwenvl_dist.evaluate.grounding import evaluate_grounding
+    from qwenvl_dist.evaluate.results import PAGE
+    from qwenvl_dist.evaluate.run import models_to_compare
+
+    numbers = evaluate_grounding(
+        work,
+        models_to_compare(load, args.model, args.adapter, args.merged),
+        args.out,
+        title=_title(args),
+        max_new_tokens=args.max_new_tokens,
+    )
+    if work.host.rank == 0:
+        options.print_numbers(numbers, args.json)
+        options.say(f"all of it, with pictures: {args.out / PAGE}", args.json)
     return 0
 
 

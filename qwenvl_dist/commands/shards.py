@@ -11,6 +11,7 @@ import time
 from itertools import groupby
 from pathlib import Path
 
+from qwenvl_dist.commands import grounding
 from qwenvl_dist.data.formats import DEFAULT_JOIN, DEFAULT_PROMPT, READERS
 
 EXAMPLES_SHOWN = 3
@@ -23,8 +24,10 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
     actions = shards.add_subparsers(dest="action", required=True, metavar="pack|encode|verify|show")
 
     pack = actions.add_parser("pack", help="pictures and captions -> shards, indexes and a manifest")
-    pack.add_argument("--source", required=True, choices=sorted(READERS), help="the form of the captions")
-    pack.add_argument("--captions", required=True, metavar="FILE", help="COCO captions JSON, a file or URL")
+    pack.add_argument(
+        "--source", required=True, choices=sorted([*READERS, "grounding"]), help="the form of the annotations"
+    )
+    pack.add_argument("--captions", metavar="FILE", help="COCO captions JSON, a file or URL")
     pack.add_argument("--images", required=True, metavar="DIR", help="the pictures, a folder or URL")
     pack.add_argument(
         "--out", required=True, metavar="DIR", help="the folder to write, or a URL such as s3://"
@@ -36,6 +39,7 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
     pack.add_argument(
         "--samples-per-shard", type=int, default=1000, metavar="N", help="(default: %(default)s)"
     )
+    grounding.add_to(pack)
     _add_workers(pack)
     pack.add_argument(
         "--skip-bad",
@@ -101,8 +105,15 @@ def _run_pack(args: argparse.Namespace) -> int:
     log = get_logger(__name__)
     started = time.monotonic()
     part = _parse_part(args.part)
-    reader = READERS[args.source]
-    samples = list(reader(args.captions, args.images, args.prompt, args.join, allow_missing=args.skip_bad))
+    packing = {"source": args.source, "prompt": args.prompt, "join": args.join}
+    if args.source == "grounding":
+        samples, packing = grounding.read(args)
+    else:
+        grounding.refuse(args)
+        reader = READERS[args.source]
+        samples = list(
+            reader(args.captions, args.images, args.prompt, args.join, allow_missing=args.skip_bad)
+        )
     total = len(samples) if part is None else None
     with progress(total=total, description="pack") as bar:
         report = pack(
@@ -111,7 +122,7 @@ def _run_pack(args: argparse.Namespace) -> int:
             samples_per_shard=args.samples_per_shard,
             workers=available_cores() if args.workers is None else args.workers,
             skip_bad=args.skip_bad,
-            packing={"source": args.source, "prompt": args.prompt, "join": args.join},
+            packing=packing,
             part=part,
             advance=bar.advance,
         )

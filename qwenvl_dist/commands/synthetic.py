@@ -1,4 +1,4 @@
-"""`qwenvl-dist synthetic`: pictures with captions and random-weight bases, for demos and tests."""
+"""`qwenvl-dist synthetic`: pictures with captions and boxes, pages of text, random bases; for demos and tests."""
 
 import argparse
 import json
@@ -29,6 +29,18 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
     scenes.add_argument("--style", default="plain", help="wording of the captions (default: plain)")
     scenes.set_defaults(run=run_scenes)
 
+    pages = kinds.add_parser("pages", help="pictures of text, with COCO captions that are the text")
+    pages.add_argument("--out", type=Path, required=True, help="new folder for train/ and validation/")
+    pages.add_argument("--count", type=int, required=True, help="number of training pages")
+    pages.add_argument(
+        "--validation-count", type=int, default=None, help="number of validation pages (default: an eighth)"
+    )
+    pages.add_argument("--seed", type=int, default=0, help="other seeds give other pages (default: 0)")
+    pages.add_argument("--words", type=int, default=40, help="words on a page (default: 40)")
+    pages.add_argument("--width", type=int, default=280, help="of a page in pixels (default: 280)")
+    pages.add_argument("--height", type=int, default=280, help="of a page in pixels (default: 280)")
+    pages.set_defaults(run=run_pages)
+
     base = kinds.add_parser("base", help="a Qwen2-VL folder with random weights, in hub layout")
     base.add_argument("--out", type=Path, required=True, help="new folder")
     base.add_argument("--shape", required=True, help="scenes, tiny, small, trunc2b, 2b or 7b")
@@ -47,6 +59,18 @@ def run_scenes(args: argparse.Namespace) -> int:
     from qwenvl_dist.synthetic.scenes import write_scenes
 
     files = write_scenes(args.out, args.count, args.seed, args.size, args.style, args.validation_count)
+    for path in files.values():
+        print(path)
+    return 0
+
+
+def run_pages(args: argparse.Namespace) -> int:
+    """Write pages; print the caption files."""
+    from qwenvl_dist.synthetic.pages import write_pages
+
+    files = write_pages(
+        args.out, args.count, args.seed, args.words, args.width, args.height, args.validation_count
+    )
     for path in files.values():
         print(path)
     return 0

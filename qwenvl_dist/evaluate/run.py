@@ -154,7 +154,7 @@ def evaluate(
         images = by_image(answers.said, scoring.mark, scoring.scored)
         measured[name] = Measured(loss, answers, images, Scores({}, [{} for _ in images]))
         log.info("%s: %d captions, %.2f a second", name, len(answers.said), answers.per_second)
-        _require_some(answers, work)
+        require_some(answers, work)
         del captioner  # before the next one is loaded
     if not is_main:
         return {}, []
@@ -172,7 +172,8 @@ def evaluate(
     return results.numbers, rows
 
 
-def _require_some(answers: Answers, work: ShardEvaluation) -> None:
+def require_some(answers: Answers, work: ShardEvaluation) -> None:
+    """Raise CheckFailed when no sample could be read."""
     if not answers.said:
         first = answers.bad[0]
         raise CheckFailed(

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from transformers import GenerationConfig
 
+from qwenvl_dist.data.boxes import MARKS
 from qwenvl_dist.model.pixels import pixel_values
 
 if TYPE_CHECKING:
@@ -82,7 +83,15 @@ def answer(
 ) -> list[str]:
     """Return the answer to each row of the batch, dummies too; `in_step` as in `greedy_tokens`."""
     rows = greedy_tokens(model, batch, max_new_tokens, tokenizer, in_step)
-    return [tokenizer.decode(ids, skip_special_tokens=True).strip() for ids in rows]
+    return [_text(tokenizer, ids, asked) for ids, asked in zip(rows, batch.asked, strict=True)]
+
+
+def _text(tokenizer: Any, ids: list[int], asked: Asked | None) -> str:
+    """Return what tokens say, without special ones; where boxes were asked for, with the marks of boxes and names."""
+    if asked is None or not any(mark in asked.prompt + asked.reference for mark in MARKS):
+        return tokenizer.decode(ids, skip_special_tokens=True).strip()
+    hidden = set(tokenizer.all_special_ids) - set(tokenizer.convert_tokens_to_ids(list(MARKS)))
+    return tokenizer.decode([each for each in ids if each not in hidden], skip_special_tokens=False).strip()
 
 
 @dataclass(frozen=True)

@@ -53,7 +53,7 @@ def make_gallery(run: RunFolder, most_photos: int) -> Gallery | None:
     worst = ranked[:half]
     best = ranked[len(ranked) - (min(most_photos, len(ranked)) - half) :][::-1]
     others = [] if ranked else rows[:most_photos]
-    pictures, missing = _pictures(run, [str(row.get("key")) for row in [*worst, *best, *others]])
+    pictures, missing = _pictures(run, [*worst, *best, *others])
     before = {str(row.get("key")): row for row in run.base_generations}
     mark = run.setting("data", "caption_mark") or "&&"
 
@@ -103,8 +103,8 @@ def _parts(text: str, mark: str) -> list[str]:
     return [part for part in (piece.strip() for piece in text.split(mark)) if part] or ["(nothing)"]
 
 
-def _pictures(run: RunFolder, keys: Sequence[str]) -> tuple[dict[str, str], str | None]:
-    """Return pictures as data URIs by key, and why there are none."""
+def _pictures(run: RunFolder, rows: Sequence[Record]) -> tuple[dict[str, str], str | None]:
+    """Return pictures as data URIs by key, boxes drawn on them, and why there are none."""
     from qwenvl_dist.data.pictures import find_pictures, picture_uri
     from qwenvl_dist.data.sizes import UnreadableImage
     from qwenvl_dist.data.source import ShardSet
@@ -115,16 +115,33 @@ def _pictures(run: RunFolder, keys: Sequence[str]) -> tuple[dict[str, str], str 
     try:
         shards = ShardSet(_reachable(run, str(place)))
         shards.require_pictures()
-        found = find_pictures(shards, keys)
+        found = find_pictures(shards, [str(row.get("key")) for row in rows])
     except (UserError, OSError) as error:
         return {}, str(error)
     uris = {}
+    by_key = {str(row.get("key")): row for row in rows}
     for key, data in found.items():
         try:
-            uris[key] = picture_uri(data)
+            uris[key] = picture_uri(_with_boxes(data, by_key[key]))
         except UnreadableImage:
             continue
     return uris, None if uris else f"{place} holds none of these samples"
+
+
+def _with_boxes(data: bytes, row: Record) -> bytes:
+    """Return a picture with the boxes of its answer and its reference, or as it is where nobody speaks of boxes."""
+    from qwenvl_dist.data.boxes import asked_name, holds_boxes, parse_objects
+    from qwenvl_dist.data.drawing import draw_objects
+    from qwenvl_dist.scores.boxes import match
+
+    reference = "".join(map(str, row.get("references") or ()))
+    if not holds_boxes(reference):
+        return data
+    asked = asked_name(str(row.get("prompt", "")))
+    true = parse_objects(reference, asked).objects
+    said = parse_objects(str(row.get("answer", "")), asked).objects
+    met = {pair.predicted for pair in match(said, true)}
+    return draw_objects(data, true, [(each, number in met) for number, each in enumerate(said)])
 
 
 def _reachable(run: RunFolder, place: str) -> str:

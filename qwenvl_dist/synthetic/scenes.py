@@ -1,4 +1,4 @@
-"""Draw pictures of two coloured shapes with captions, as JPEG files and COCO caption JSON.
+"""Draw pictures of two coloured shapes with captions and boxes, as JPEG files and COCO JSON.
 
 A scene is one shape above another. The order of the two and their colours can only be told by looking, so
 captions that match are proof that a model sees. The same scenes can be captioned in several *styles*: one to
@@ -54,6 +54,7 @@ MIXED_STYLES: dict[str, tuple[str, ...]] = {
 }
 SPLITS = ("train", "validation")
 JPEG_QUALITY = 92
+SQUARE_HALF, TRIANGLE_REACH = 0.88, 1.25  # half a side, and centre to corner, in radii
 _SUPERSAMPLING = 4
 
 
@@ -70,6 +71,18 @@ class PlacedShape:
     def name(self) -> str:
         """What a caption calls it, such as `red circle`."""
         return f"{self.colour} {self.shape}"
+
+    @property
+    def bounds(self) -> tuple[float, float, float, float]:
+        """What it covers: (x1, y1, x2, y2)."""
+        (x, y), radius = self.centre, self.radius
+        if self.shape == "circle":
+            return x - radius, y - radius, x + radius, y + radius
+        if self.shape == "square":
+            half = SQUARE_HALF * radius
+            return x - half, y - half, x + half, y + half
+        reach = TRIANGLE_REACH * radius
+        return x - reach * math.cos(math.pi / 6), y - reach, x + reach * math.cos(math.pi / 6), y + reach / 2
 
 
 @dataclass(frozen=True)
@@ -128,10 +141,10 @@ def draw_scene(scene: Scene) -> Image.Image:
         if item.shape == "circle":
             pen.ellipse((x - radius, y - radius, x + radius, y + radius), fill=colour)
         elif item.shape == "square":
-            half = 0.88 * radius
+            half = SQUARE_HALF * radius
             pen.rectangle((x - half, y - half, x + half, y + half), fill=colour)
         else:  # an upright triangle; its centre of mass is the centre of the shape
-            reach = 1.25 * radius
+            reach = TRIANGLE_REACH * radius
             corners = [math.radians(degrees) for degrees in (-90, 30, 150)]
             pen.polygon([(x + reach * math.cos(a), y + reach * math.sin(a)) for a in corners], fill=colour)
     return image.resize((scene.size, scene.size), Image.Resampling.BOX)
@@ -165,9 +178,9 @@ def write_scenes(
 ) -> dict[str, Path]:
     """Write `count` training scenes and some validation scenes; return the caption file of each split.
 
-    The result is `out/{train,validation}/captions.json` (COCO caption format) and `out/.../images/*.jpg`; it
-    appears at once or not at all. The two splits share no pair of objects and no image id. The same arguments
-    give the same bytes (for one version of Pillow).
+    The result is `out/{train,validation}/captions.json` (COCO caption format), `instances.json` beside it (the
+    shapes' boxes, COCO instances format) and `out/.../images/*.jpg`; it appears at once or not at all. The two splits
+    share no pair of objects and no image id. The same arguments give the same bytes (for one version of Pillow).
 
     Args:
         out: a folder that does not exist yet, or is empty.
@@ -207,7 +220,7 @@ def _write_split(
     folder: Path, split: str, count: int, first_id: int, seed: int, size: int, style: str
 ) -> None:
     (folder / "images").mkdir(parents=True)
-    images, annotations = [], []
+    images, annotations, boxes = [], [], []
     for number in range(count):
         drawn = scene(number, seed, split, size)
         image_id = first_id + number
@@ -217,6 +230,17 @@ def _write_split(
         images.append({"id": image_id, "file_name": name, "width": size, "height": size})
         for text in captions(drawn, style):
             annotations.append({"id": len(annotations) + 1, "image_id": image_id, "caption": text})
+        for item in (drawn.upper, drawn.lower):
+            x1, y1, x2, y2 = (round(value, 2) for value in item.bounds)
+            boxes.append(
+                {
+                    "id": len(boxes) + 1,
+                    "image_id": image_id,
+                    "category_id": 1 + OBJECTS.index((item.colour, item.shape)),
+                    "bbox": [x1, y1, round(x2 - x1, 2), round(y2 - y1, 2)],
+                    "iscrowd": 0,
+                }
+            )
     content = {
         "info": {
             "description": "generated scenes of two shapes",
@@ -228,3 +252,6 @@ def _write_split(
         "annotations": annotations,
     }
     (folder / "captions.json").write_text(json.dumps(content) + "\n", encoding="utf-8")
+    categories = [{"id": 1 + n, "name": f"{colour} {shape}"} for n, (colour, shape) in enumerate(OBJECTS)]
+    instances = {**content, "annotations": boxes, "categories": categories}
+    (folder / "instances.json").write_text(json.dumps(instances) + "\n", encoding="utf-8")

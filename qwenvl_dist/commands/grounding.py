@@ -1,0 +1,74 @@
+"""The options of `shards pack --source grounding`. Imports nothing heavy."""
+
+from __future__ import annotations
+
+import argparse
+from typing import TYPE_CHECKING, Any
+
+from qwenvl_dist.data.formats import DEFAULT_JOIN, DEFAULT_PROMPT
+from qwenvl_dist.errors import UserError
+
+if TYPE_CHECKING:
+    from qwenvl_dist.data.formats import Sample
+
+TASKS = ("name_to_boxes", "all_objects", "both")
+
+
+def add_to(parser: argparse.ArgumentParser) -> None:
+    """Add the options."""
+    parser.add_argument(
+        "--instances", metavar="FILE", help="COCO instances JSON, a file or URL, for --source grounding"
+    )
+    parser.add_argument(
+        "--task",
+        choices=TASKS,
+        help="with --source grounding: ask for the boxes of a name, for all objects, or both (default: both)",
+    )
+
+
+def refuse(args: argparse.Namespace) -> None:
+    """Raise UserError when another source got these options, or lacks its own."""
+    for name in ("instances", "task"):
+        if getattr(args, name) is not None:
+            raise UserError(f"--{name} goes with --source grounding, not with {args.source}")
+    if args.captions is None:
+        raise UserError(f"--captions is missing: --source {args.source} reads its captions from there")
+
+
+def read(args: argparse.Namespace) -> tuple[list[Sample], dict[str, Any]]:
+    """Return the samples, and what the manifest is to say of how they were made; log what was left out."""
+    from qwenvl_dist.data.grounding import ALL_PROMPT, FIND_PROMPT, read_coco_instances
+    from qwenvl_dist.logs import get_logger
+
+    if args.instances is None:
+        raise UserError("--instances is missing: --source grounding reads its boxes from there")
+    if args.captions is not None:
+        raise UserError("--captions does not go with --source grounding, which reads --instances")
+    if args.join != DEFAULT_JOIN:
+        raise UserError("--join does not go with --source grounding: boxes are not joined")
+    task = args.task or "both"
+    find_prompt, all_prompt = FIND_PROMPT, ALL_PROMPT
+    if args.prompt != DEFAULT_PROMPT:
+        if task == "both":
+            raise UserError(
+                f"--prompt {args.prompt!r}: two tasks have two prompts; pack them apart, with --task"
+            )
+        find_prompt, all_prompt = (
+            (args.prompt, ALL_PROMPT) if task == "name_to_boxes" else (FIND_PROMPT, args.prompt)
+        )
+    result = read_coco_instances(
+        args.instances,
+        args.images,
+        task,
+        find_prompt=find_prompt,
+        all_prompt=all_prompt,
+        allow_missing=args.skip_bad,
+    )
+    for what, count in result.left_out.items():
+        get_logger(__name__).info("left out: %d %s", count, what)
+    prompts = {"find_prompt": find_prompt, "all_prompt": all_prompt}
+    used = {name: text for name, text in prompts.items() if task in ("both", _TASK_OF[name])}
+    return result.samples, {"source": "grounding", "task": task, **used, "left_out": dict(result.left_out)}
+
+
+_TASK_OF = {"find_prompt": "name_to_boxes", "all_prompt": "all_objects"}

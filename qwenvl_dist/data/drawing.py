@@ -1,0 +1,83 @@
+"""Boxes drawn on a picture: the reference dashed, predictions solid, right ones green and wrong ones red."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Sequence
+
+from PIL import Image, ImageDraw, ImageFont
+
+from qwenvl_dist.data.boxes import GRID, Box, NamedBox
+from qwenvl_dist.data.pictures import thumbnail
+
+LEGEND = "reference dashed, predictions green where right, red where wrong"
+REFERENCE, RIGHT, WRONG = (255, 255, 255), (40, 190, 90), (230, 50, 40)
+DARK = (0, 0, 0)
+LINE_PIXELS = 3
+LEAST_SIDE = 320  # pixels that the longer side of a small picture is enlarged to, or less
+DASH_PIXELS = 6
+TEXT_PIXELS = 14
+MOST_NAME_CHARACTERS = 24
+
+
+def draw_objects(
+    data: bytes, reference: Sequence[NamedBox], predicted: Sequence[tuple[NamedBox, bool]]
+) -> bytes:
+    """Return a small PNG of a picture with its boxes; each prediction comes with whether it is right.
+
+    Raises UnreadableImage.
+    """
+    image = thumbnail(data)
+    larger = LEAST_SIDE // max(image.size)
+    if larger > 1:  # or a name would hide the picture
+        image = image.resize((image.width * larger, image.height * larger), Image.Resampling.NEAREST)
+    pen = ImageDraw.Draw(image)
+    for each in reference:
+        _dashed(pen, _pixels(each.box, image.size))
+    for each, right in predicted:
+        colour, corners = RIGHT if right else WRONG, _pixels(each.box, image.size)
+        pen.rectangle(corners, outline=colour, width=LINE_PIXELS)
+    for each, right in predicted:  # above all boxes
+        _label(pen, each.name, _pixels(each.box, image.size), RIGHT if right else WRONG)
+    buffer = io.BytesIO()
+    image.save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def _pixels(box: Box, size: tuple[int, int]) -> tuple[float, float, float, float]:
+    width, height = size
+    x1, y1, x2, y2 = box.x1 * width, box.y1 * height, box.x2 * width, box.y2 * height
+    return x1 / GRID, y1 / GRID, x2 / GRID, y2 / GRID
+
+
+def _dashed(pen: ImageDraw.ImageDraw, corners: tuple[float, float, float, float]) -> None:
+    """Draw a white rectangle with dark gaps, which shows on any ground."""
+    pen.rectangle(corners, outline=DARK, width=LINE_PIXELS - 1)
+    x1, y1, x2, y2 = corners
+    x = x1
+    while x < x2:
+        for y in (y1, y2):
+            pen.line((x, y, min(x + DASH_PIXELS, x2), y), fill=REFERENCE, width=LINE_PIXELS - 1)
+        x += 2 * DASH_PIXELS
+    y = y1
+    while y < y2:
+        for x in (x1, x2):
+            pen.line((x, y, x, min(y + DASH_PIXELS, y2)), fill=REFERENCE, width=LINE_PIXELS - 1)
+        y += 2 * DASH_PIXELS
+
+
+def _label(
+    pen: ImageDraw.ImageDraw,
+    name: str,
+    corners: tuple[float, float, float, float],
+    colour: tuple[int, int, int],
+) -> None:
+    font = ImageFont.load_default(TEXT_PIXELS)
+    text = "".join(c if c.isprintable() else "?" for c in name[:MOST_NAME_CHARACTERS])
+    left, top = (
+        corners[0],
+        corners[1] - TEXT_PIXELS - LINE_PIXELS,
+    )  # above the box, or inside where there is no room
+    top = top if top >= 0 else corners[1] + LINE_PIXELS
+    pen.rectangle(pen.textbbox((left, top), text, font=font), fill=DARK)
+    pen.text((left, top), text, font=font, fill=colour)

@@ -1,0 +1,230 @@
+"""`evaluate --task grounding`: are the boxes that a model names where the reference has them?
+
+One prediction meets one true box of the same name, at an IoU of 0.5 or more (`scores/boxes.py`).
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections import defaultdict
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from qwenvl_dist.data.boxes import NamedBox, asked_name, holds_boxes, parse_objects
+from qwenvl_dist.data.drawing import LEGEND, draw_objects
+from qwenvl_dist.data.images import UnreadableImage
+from qwenvl_dist.errors import CheckFailed, UserError
+from qwenvl_dist.evaluate.captioner import Captioner
+from qwenvl_dist.evaluate.compare import Comparison, comparison_page
+from qwenvl_dist.evaluate.results import ADAPTER, BASE, MERGED, NUMBERS, PAGE, PAGE_PICTURES, PREDICTIONS
+from qwenvl_dist.evaluate.run import ShardEvaluation, require_some
+from qwenvl_dist.files import write_atomic
+from qwenvl_dist.logs import get_logger
+from qwenvl_dist.model.generate import Answers
+from qwenvl_dist.scores.boxes import THRESHOLD, BoxCounts, Match, count, count_by_name, match
+
+log = get_logger(__name__)
+DRAWN = "drawn"  # in the facts of the page
+SHOWN_SCORES = ("precision", "recall", "f1", "mean_iou")
+
+
+@dataclass(frozen=True)
+class Judged:
+    """One answer against its reference."""
+
+    key: str
+    image_id: int | str
+    prompt: str
+    reference: str
+    answer: str
+    true: list[NamedBox]
+    predicted: list[NamedBox]
+    malformed: int
+    matches: list[Match]
+
+    @property
+    def is_right(self) -> list[bool]:
+        """For each prediction, whether it meets a true box."""
+        met = {pair.predicted for pair in self.matches}
+        return [number in met for number in range(len(self.predicted))]
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the entry in predictions.json; boxes are [x1, y1, x2, y2] in thousandths of the picture's sides."""
+        iou = {pair.predicted: round(pair.iou, 4) for pair in self.matches}
+        found = {pair.true for pair in self.matches}
+        predicted = [{**_entry(each), "iou": iou.get(number)} for number, each in enumerate(self.predicted)]
+        true = [{**_entry(each), "found": number in found} for number, each in enumerate(self.true)]
+        return {
+            "key": self.key,
+            "image_id": self.image_id,
+            "prompt": self.prompt,
+            "answer": self.answer,
+            "predicted": predicted,
+            "true": true,
+            "malformed": self.malformed,
+        }
+
+
+@dataclass(frozen=True)
+class _Measured:
+    """What one model gave."""
+
+    loss: float
+    answers: Answers
+
+    @cached_property
+    def judged(self) -> list[Judged]:
+        """The answers to samples whose reference has boxes."""
+        judged = []
+        for asked, answer in self.answers.said:
+            true = parse_objects(asked.reference, asked_name(asked.prompt)).objects
+            if not true:
+                continue
+            said = parse_objects(answer, asked_name(asked.prompt))
+            matches = match(said.objects, true)
+            judged.append(
+                Judged(
+                    asked.key, asked.image_id, asked.prompt, asked.reference, answer,
+                    true, said.objects, said.malformed, matches,
+                )
+            )  # fmt: skip
+        return judged
+
+    @property
+    def counts(self) -> BoxCounts:
+        """The counts of all answers together."""
+        each = (count(one.predicted, one.true, one.matches, one.malformed) for one in self.judged)
+        return sum(each, BoxCounts())
+
+    def by_name(self) -> dict[str, dict[str, float]]:
+        """Return the numbers for each name, the most frequent first."""
+        totals: dict[str, BoxCounts] = defaultdict(BoxCounts)
+        for one in self.judged:
+            for name, counts in count_by_name(one.predicted, one.true, one.matches).items():
+                totals[name] += counts
+        ordered = sorted(totals, key=lambda name: (-totals[name].true, name))
+        return {name: totals[name].numbers() for name in ordered}
+
+    def numbers(self) -> dict[str, float]:
+        """Return the numbers of all answers together."""
+        spoiled = sum(one.malformed > 0 for one in self.judged)
+        return {
+            **self.counts.numbers(),
+            "malformed_answers": spoiled,
+            "loss": self.loss,
+            "answers_per_second": self.answers.per_second,
+        }
+
+
+def evaluate_grounding(
+    work: ShardEvaluation,
+    models: Iterable[tuple[str, Captioner]],
+    out: Path,
+    *,
+    title: str,
+    max_new_tokens: int,
+) -> dict[str, Any]:
+    """Measure models on shards of boxes; rank 0 writes predictions, numbers and a page into `out`. Collective.
+
+    Returns the numbers of the model that counts (with adapter, else merged, else alone), empty on other ranks. Those
+    of the bare model beside it end in `_before`, those of a merged one in `_merged`. Samples whose reference has no box
+    are left out and counted. Raises CheckFailed when no sample could be read, UserError when none has a box.
+    """
+    began = time.monotonic()
+    measured: dict[str, _Measured] = {}
+    for name, captioner in models:
+        loss = work.loss(captioner, f"loss of {name}")
+        answers = work.answers(captioner, max_new_tokens, f"boxes of {name}")
+        log.info("%s: %d answers, %.2f a second", name, len(answers.said), answers.per_second)
+        require_some(answers, work)
+        measured[name] = _Measured(loss, answers)
+        del captioner  # before the next one is loaded
+        if not any(holds_boxes(asked.reference) for asked, _ in answers.said):
+            raise UserError(
+                f"--shards {work.shards.storage.location}: no reference has a box; pack some with "
+                "`qwenvl-dist shards pack --source grounding`, or leave --task grounding out"
+            )
+    if work.host.rank != 0:
+        return {}
+    counted = next(name for name in (ADAPTER, MERGED, BASE) if name in measured)
+    after = measured[counted]
+    others = {
+        suffix: measured[name]
+        for name, suffix in ((BASE, "before"), (MERGED, "merged"))
+        if name in measured and name != counted
+    }
+    numbers: dict[str, Any] = {"n": len(after.judged), "iou_threshold": THRESHOLD, **after.numbers()}
+    for suffix, other in others.items():
+        numbers.update({f"{name}_{suffix}": value for name, value in other.numbers().items()})
+    numbers["samples_without_boxes"] = len(after.answers.said) - len(after.judged)
+    numbers["bad_samples"] = len(after.answers.bad)
+    numbers["seconds"] = round(time.monotonic() - began, 3)
+    for record in after.answers.bad:
+        log.warning("left out %s: %s: %s", record.shard, record.key, record.reason)
+    try:
+        _write(out, after, others, numbers, title, work)
+    except OSError as error:
+        raise CheckFailed(
+            f"{out}: cannot be written ({error.strerror}); free some room and evaluate again"
+        ) from error
+    return numbers
+
+
+def _write(
+    out: Path,
+    after: _Measured,
+    others: dict[str, _Measured],
+    numbers: dict[str, Any],
+    title: str,
+    work: ShardEvaluation,
+) -> None:
+    named = {"": after, "_base": others.get("before"), "_merged": others.get("merged")}
+    for suffix, each in named.items():
+        path = out / PREDICTIONS.replace(".", f"{suffix}.")
+        if each is None:
+            path.unlink(missing_ok=True)  # of an earlier evaluation, beside other numbers
+        else:
+            write_atomic(path, _json([one.to_json() for one in each.judged]))
+    write_atomic(out / NUMBERS, _json({**numbers, "by_name": after.by_name()}))
+    rows, drawn = [], []
+    shown = after.judged[:PAGE_PICTURES]
+    pictures = work.pictures([one.key for one in shown])
+    before, merged = (
+        {one.key: one.answer for one in others[suffix].judged} if suffix in others else {}
+        for suffix in ("before", "merged")
+    )
+    for one in shown:
+        try:
+            picture = draw_objects(
+                pictures[one.key], one.true, list(zip(one.predicted, one.is_right, strict=True))
+            )
+        except (KeyError, UnreadableImage):
+            continue
+        drawn.append(picture)
+        rows.append(Comparison(one.key, one.answer, before.get(one.key), one.reference, merged.get(one.key)))
+    write_atomic(out / PAGE, comparison_page(rows, drawn, title, _facts(numbers, len(rows))).encode())
+
+
+def _facts(numbers: dict[str, Any], num_shown: int) -> list[tuple[str, str]]:
+    shown = f", the first {num_shown} below" if num_shown < numbers["n"] else ""
+    facts = [("samples", f"{numbers['n']}{shown}"), (DRAWN, LEGEND)]
+    for key, form in (*((name, ".3f") for name in SHOWN_SCORES), ("malformed", "d"), ("loss", ".4f")):
+        value = format(numbers[key], form)
+        if f"{key}_before" in numbers:
+            value = f"{format(numbers[f'{key}_before'], form)} → {value}"
+        if f"{key}_merged" in numbers:
+            value = f"{value}, merged {format(numbers[f'{key}_merged'], form)}"
+        facts.append((key.replace("_", " "), value))
+    return facts
+
+
+def _entry(each: NamedBox) -> dict[str, Any]:
+    return {"name": each.name, "box": [each.box.x1, each.box.y1, each.box.x2, each.box.y2]}
+
+
+def _json(content: object) -> bytes:
+    return (json.dumps(content, ensure_ascii=False, indent=1) + "\n").encode()

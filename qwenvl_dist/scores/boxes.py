@@ -1,0 +1,112 @@
+"""How well predicted boxes meet the true ones: precision and recall at an IoU."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+
+from qwenvl_dist.data.boxes import NamedBox
+
+THRESHOLD = 0.5  # intersection over union
+
+
+@dataclass(frozen=True)
+class Match:
+    """A prediction and the truth that it meets, by number."""
+
+    predicted: int
+    true: int
+    iou: float
+
+
+@dataclass(frozen=True)
+class BoxCounts:
+    """Counts that add up over answers. A malformed box is a prediction that meets nothing."""
+
+    true: int = 0
+    predicted: int = 0  # malformed ones included
+    matched: int = 0
+    malformed: int = 0
+    iou: float = 0.0  # summed over what matched
+
+    def __add__(self, other: BoxCounts) -> BoxCounts:
+        return BoxCounts(*(getattr(self, f.name) + getattr(other, f.name) for f in fields(self)))
+
+    @property
+    def precision(self) -> float:
+        """The share of predictions that meet a true box; 0 when there is none."""
+        return self.matched / self.predicted if self.predicted else 0.0
+
+    @property
+    def recall(self) -> float:
+        """The share of true boxes that a prediction meets; 0 when there is none."""
+        return self.matched / self.true if self.true else 0.0
+
+    @property
+    def f1(self) -> float:
+        """The harmonic mean of both."""
+        return 2 * self.matched / (self.true + self.predicted) if self.true + self.predicted else 0.0
+
+    def numbers(self) -> dict[str, float]:
+        """Return counts and shares by name."""
+        return {
+            "precision": self.precision,
+            "recall": self.recall,
+            "f1": self.f1,
+            "mean_iou": self.iou / self.matched if self.matched else 0.0,  # of what matched
+            "boxes": self.true,
+            "predicted": self.predicted,
+            "matched": self.matched,
+            "malformed": self.malformed,
+        }
+
+
+def match(
+    predicted: Sequence[NamedBox], true: Sequence[NamedBox], threshold: float = THRESHOLD
+) -> list[Match]:
+    """Pair predictions with true boxes of the same name, one to one, wherever their IoU is at least `threshold`.
+
+    Greedy: the pair of the highest IoU first, among equal ones the earlier prediction. Names are compared without
+    regard to case.
+    """
+    pairs = [
+        Match(p, t, iou)
+        for p, one in enumerate(predicted)
+        for t, other in enumerate(true)
+        if one.name.casefold() == other.name.casefold() and (iou := one.box.iou(other.box)) >= threshold
+    ]
+    found: list[Match] = []
+    taken: tuple[set[int], set[int]] = set(), set()
+    for pair in sorted(pairs, key=lambda pair: (-pair.iou, pair.predicted, pair.true)):
+        if pair.predicted not in taken[0] and pair.true not in taken[1]:
+            taken[0].add(pair.predicted)
+            taken[1].add(pair.true)
+            found.append(pair)
+    return found
+
+
+def count(
+    predicted: Sequence[NamedBox], true: Sequence[NamedBox], matches: Sequence[Match], malformed: int = 0
+) -> BoxCounts:
+    """Return the counts of one answer."""
+    return BoxCounts(
+        len(true), len(predicted) + malformed, len(matches), malformed, sum(pair.iou for pair in matches)
+    )
+
+
+def count_by_name(
+    predicted: Sequence[NamedBox], true: Sequence[NamedBox], matches: Sequence[Match]
+) -> dict[str, BoxCounts]:
+    """Return the counts of one answer for each name in it; malformed boxes have none."""
+    counts: dict[str, BoxCounts] = {}
+
+    def add(name: str, counted: BoxCounts) -> None:
+        counts[name] = counts.get(name, BoxCounts()) + counted
+
+    for each in true:
+        add(each.name.casefold(), BoxCounts(true=1))
+    for each in predicted:
+        add(each.name.casefold(), BoxCounts(predicted=1))
+    for pair in matches:
+        add(true[pair.true].name.casefold(), BoxCounts(matched=1, iou=pair.iou))
+    return counts
