@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Sequence
 
 from PIL import Image, ImageDraw, ImageFont
 
-from qwenvl_dist.data.boxes import GRID, Box, NamedBox
+from qwenvl_dist.data.boxes import GRID, Box
 from qwenvl_dist.data.pictures import thumbnail
+from qwenvl_dist.scores.boxes import BoxAnswer
 
 LEGEND = "reference dashed, predictions green where right, red where wrong"
 REFERENCE, RIGHT, WRONG = (255, 255, 255), (40, 190, 90), (230, 50, 40)
@@ -20,20 +20,16 @@ TEXT_PIXELS = 14
 MOST_NAME_CHARACTERS = 24
 
 
-def draw_objects(
-    data: bytes, reference: Sequence[NamedBox], predicted: Sequence[tuple[NamedBox, bool]]
-) -> bytes:
-    """Return a small PNG of a picture with its boxes; each prediction comes with whether it is right.
-
-    Raises UnreadableImage.
-    """
+def draw_objects(data: bytes, boxes: BoxAnswer) -> bytes:
+    """Return a small PNG of a picture with what was said about it and the reference. Raises UnreadableImage."""
     image = thumbnail(data)
     larger = LEAST_SIDE // max(image.size)
     if larger > 1:  # or a name would hide the picture
         image = image.resize((image.width * larger, image.height * larger), Image.Resampling.NEAREST)
     pen = ImageDraw.Draw(image)
-    for each in reference:
+    for each in boxes.true:
         _dashed(pen, _pixels(each.box, image.size))
+    predicted = list(zip(boxes.predicted, boxes.is_right, strict=True))
     for each, right in predicted:
         colour, corners = RIGHT if right else WRONG, _pixels(each.box, image.size)
         pen.rectangle(corners, outline=colour, width=LINE_PIXELS)

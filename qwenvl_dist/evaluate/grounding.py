@@ -14,7 +14,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from qwenvl_dist.data.boxes import NamedBox, asked_name, holds_boxes, parse_objects
+from qwenvl_dist.data.boxes import NamedBox, holds_boxes
 from qwenvl_dist.data.drawing import LEGEND, draw_objects
 from qwenvl_dist.data.images import UnreadableImage
 from qwenvl_dist.errors import CheckFailed, UserError
@@ -25,7 +25,7 @@ from qwenvl_dist.evaluate.run import ShardEvaluation, require_some
 from qwenvl_dist.files import write_atomic
 from qwenvl_dist.logs import get_logger
 from qwenvl_dist.model.generate import Answers
-from qwenvl_dist.scores.boxes import THRESHOLD, BoxCounts, Match, count, count_by_name, match
+from qwenvl_dist.scores.boxes import THRESHOLD, BoxAnswer, BoxCounts, judge
 
 log = get_logger(__name__)
 DRAWN = "drawn"  # in the facts of the page
@@ -41,23 +41,15 @@ class Judged:
     prompt: str
     reference: str
     answer: str
-    true: list[NamedBox]
-    predicted: list[NamedBox]
-    malformed: int
-    matches: list[Match]
-
-    @property
-    def is_right(self) -> list[bool]:
-        """For each prediction, whether it meets a true box."""
-        met = {pair.predicted for pair in self.matches}
-        return [number in met for number in range(len(self.predicted))]
+    boxes: BoxAnswer
 
     def to_json(self) -> dict[str, Any]:
         """Return the entry in predictions.json; boxes are [x1, y1, x2, y2] in thousandths of the picture's sides."""
-        iou = {pair.predicted: round(pair.iou, 4) for pair in self.matches}
-        found = {pair.true for pair in self.matches}
-        predicted = [{**_entry(each), "iou": iou.get(number)} for number, each in enumerate(self.predicted)]
-        true = [{**_entry(each), "found": number in found} for number, each in enumerate(self.true)]
+        boxes = self.boxes
+        iou = {pair.predicted: round(pair.iou, 4) for pair in boxes.matches}
+        found = {pair.true for pair in boxes.matches}
+        predicted = [{**_entry(each), "iou": iou.get(number)} for number, each in enumerate(boxes.predicted)]
+        true = [{**_entry(each), "found": number in found} for number, each in enumerate(boxes.true)]
         return {
             "key": self.key,
             "image_id": self.image_id,
@@ -65,7 +57,7 @@ class Judged:
             "answer": self.answer,
             "predicted": predicted,
             "true": true,
-            "malformed": self.malformed,
+            "malformed": boxes.malformed,
         }
 
 
@@ -81,37 +73,28 @@ class _Measured:
         """The answers to samples whose reference has boxes."""
         judged = []
         for asked, answer in self.answers.said:
-            true = parse_objects(asked.reference, asked_name(asked.prompt)).objects
-            if not true:
-                continue
-            said = parse_objects(answer, asked_name(asked.prompt))
-            matches = match(said.objects, true)
-            judged.append(
-                Judged(
-                    asked.key, asked.image_id, asked.prompt, asked.reference, answer,
-                    true, said.objects, said.malformed, matches,
-                )
-            )  # fmt: skip
+            boxes = judge(asked.prompt, asked.reference, answer)
+            if boxes is not None:
+                judged.append(Judged(asked.key, asked.image_id, asked.prompt, asked.reference, answer, boxes))
         return judged
 
     @property
     def counts(self) -> BoxCounts:
         """The counts of all answers together."""
-        each = (count(one.predicted, one.true, one.matches, one.malformed) for one in self.judged)
-        return sum(each, BoxCounts())
+        return sum((one.boxes.counts for one in self.judged), BoxCounts())
 
     def by_name(self) -> dict[str, dict[str, float]]:
         """Return the numbers for each name, the most frequent first."""
         totals: dict[str, BoxCounts] = defaultdict(BoxCounts)
         for one in self.judged:
-            for name, counts in count_by_name(one.predicted, one.true, one.matches).items():
+            for name, counts in one.boxes.counts_by_name.items():
                 totals[name] += counts
         ordered = sorted(totals, key=lambda name: (-totals[name].true, name))
         return {name: totals[name].numbers() for name in ordered}
 
     def numbers(self) -> dict[str, float]:
         """Return the numbers of all answers together."""
-        spoiled = sum(one.malformed > 0 for one in self.judged)
+        spoiled = sum(one.boxes.malformed > 0 for one in self.judged)
         return {
             **self.counts.numbers(),
             "malformed_answers": spoiled,
@@ -199,9 +182,7 @@ def _write(
     )
     for one in shown:
         try:
-            picture = draw_objects(
-                pictures[one.key], one.true, list(zip(one.predicted, one.is_right, strict=True))
-            )
+            picture = draw_objects(pictures[one.key], one.boxes)
         except (KeyError, UnreadableImage):
             continue
         drawn.append(picture)

@@ -18,7 +18,17 @@ from qwenvl_dist.checkpoints.manifest import (
 )
 from qwenvl_dist.errors import UserError
 
-SCORE_NAMES = ("CIDEr", "Bleu_1", "Bleu_2", "Bleu_3", "Bleu_4", "METEOR", "ROUGE_L")
+SCORE_NAMES = (
+    "CIDEr",
+    "Bleu_1",
+    "Bleu_2",
+    "Bleu_3",
+    "Bleu_4",
+    "METEOR",
+    "ROUGE_L",
+    "box_precision",
+    "box_recall",
+)
 
 Record = dict[str, Any]
 

@@ -130,18 +130,12 @@ def _pictures(run: RunFolder, rows: Sequence[Record]) -> tuple[dict[str, str], s
 
 def _with_boxes(data: bytes, row: Record) -> bytes:
     """Return a picture with the boxes of its answer and its reference, or as it is where nobody speaks of boxes."""
-    from qwenvl_dist.data.boxes import asked_name, holds_boxes, parse_objects
     from qwenvl_dist.data.drawing import draw_objects
-    from qwenvl_dist.scores.boxes import match
+    from qwenvl_dist.scores.boxes import judge
 
-    reference = "".join(map(str, row.get("references") or ()))
-    if not holds_boxes(reference):
-        return data
-    asked = asked_name(str(row.get("prompt", "")))
-    true = parse_objects(reference, asked).objects
-    said = parse_objects(str(row.get("answer", "")), asked).objects
-    met = {pair.predicted for pair in match(said, true)}
-    return draw_objects(data, true, [(each, number in met) for number, each in enumerate(said)])
+    references = "".join(map(str, row.get("references") or ()))
+    boxes = judge(str(row.get("prompt", "")), references, str(row.get("answer", "")))
+    return data if boxes is None else draw_objects(data, boxes)
 
 
 def _reachable(run: RunFolder, place: str) -> str:

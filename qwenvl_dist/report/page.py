@@ -166,6 +166,8 @@ def figures(run: RunFolder) -> list[Figure]:
     add("cider", "CIDEr of validation photos", [curve("CIDEr", scores, "CIDEr")])
     others = [curve(name, scores, name) for name in ("Bleu_4", "METEOR", "ROUGE_L")]
     add("scores", "Other caption scores", others)
+    shares = [curve(name, scores, f"box_{name}") for name in ("recall", "precision")]
+    add("boxes", "Boxes of validation photos at IoU 0.5", shares)
     add("rate", "Learning rate", [curve("learning rate", steps, "learning_rate")])
     add("norm", "Gradient norm before clipping", [curve("norm", steps, "grad_norm")])
     add("speed", "Samples per second", [curve("all ranks", steps, "samples_per_second")])

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 
-from qwenvl_dist.data.boxes import NamedBox
+from qwenvl_dist.data.boxes import NamedBox, asked_name, parse_objects
 
 THRESHOLD = 0.5  # intersection over union
 
@@ -85,28 +86,50 @@ def match(
     return found
 
 
-def count(
-    predicted: Sequence[NamedBox], true: Sequence[NamedBox], matches: Sequence[Match], malformed: int = 0
-) -> BoxCounts:
-    """Return the counts of one answer."""
-    return BoxCounts(
-        len(true), len(predicted) + malformed, len(matches), malformed, sum(pair.iou for pair in matches)
-    )
+@dataclass(frozen=True)
+class BoxAnswer:
+    """One answer about boxes against its reference."""
+
+    true: list[NamedBox]
+    predicted: list[NamedBox]
+    malformed: int
+    matches: list[Match]
+
+    @property
+    def is_right(self) -> list[bool]:
+        """For each prediction, whether it meets a true box."""
+        met = {pair.predicted for pair in self.matches}
+        return [number in met for number in range(len(self.predicted))]
+
+    @property
+    def counts(self) -> BoxCounts:
+        """Everything in it."""
+        return BoxCounts(
+            true=len(self.true),
+            predicted=len(self.predicted) + self.malformed,
+            matched=len(self.matches),
+            malformed=self.malformed,
+            iou=sum(pair.iou for pair in self.matches),
+        )
+
+    @property
+    def counts_by_name(self) -> dict[str, BoxCounts]:
+        """The counts for each name in it, in lower case; malformed boxes have none."""
+        counts: dict[str, BoxCounts] = defaultdict(BoxCounts)
+        for each in self.true:
+            counts[each.name.casefold()] += BoxCounts(true=1)
+        for each in self.predicted:
+            counts[each.name.casefold()] += BoxCounts(predicted=1)
+        for pair in self.matches:
+            counts[self.true[pair.true].name.casefold()] += BoxCounts(matched=1, iou=pair.iou)
+        return dict(counts)
 
 
-def count_by_name(
-    predicted: Sequence[NamedBox], true: Sequence[NamedBox], matches: Sequence[Match]
-) -> dict[str, BoxCounts]:
-    """Return the counts of one answer for each name in it; malformed boxes have none."""
-    counts: dict[str, BoxCounts] = {}
-
-    def add(name: str, counted: BoxCounts) -> None:
-        counts[name] = counts.get(name, BoxCounts()) + counted
-
-    for each in true:
-        add(each.name.casefold(), BoxCounts(true=1))
-    for each in predicted:
-        add(each.name.casefold(), BoxCounts(predicted=1))
-    for pair in matches:
-        add(true[pair.true].name.casefold(), BoxCounts(matched=1, iou=pair.iou))
-    return counts
+def judge(prompt: str, reference: str, answer: str) -> BoxAnswer | None:
+    """Return an answer's boxes beside the reference's; None when the reference has none."""
+    asked = asked_name(prompt)
+    true = parse_objects(reference, asked).objects
+    if not true:
+        return None
+    said = parse_objects(answer, asked)
+    return BoxAnswer(true, said.objects, said.malformed, match(said.objects, true))

@@ -6,6 +6,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
+from qwenvl_dist.data.boxes import holds_boxes
+
 if TYPE_CHECKING:
     from qwenvl_dist.data.prompts import Asked
 
@@ -44,16 +46,18 @@ def scored_caption(answer: str, mark: str, scored: Scored) -> str:
 def by_image(answers: Iterable[tuple[Asked, str]], mark: str, scored: Scored) -> list[ImageCaption]:
     """Gather answers by picture, in order of first appearance.
 
-    A picture that several samples show keeps the answer of the first, and has the references of all.
+    A picture that several samples show keeps the answer of the first, and has the references of all. Questions about
+    boxes differ even where the picture is the same: each stays alone.
     """
-    found: dict[int | str, ImageCaption] = {}
+    found: dict[tuple[int | str, str], ImageCaption] = {}
     for asked, answer in answers:
-        earlier = found.get(asked.image_id)
+        which = (asked.image_id, asked.key if holds_boxes(asked.reference) else "")
+        earlier = found.get(which)
         references = tuple(split_captions(asked.reference, mark))
         if earlier is not None:
             known = earlier.references
             references = known + tuple(text for text in references if text not in known)
-        found[asked.image_id] = ImageCaption(
+        found[which] = ImageCaption(
             asked.image_id,
             earlier.key if earlier else asked.key,
             earlier.prompt if earlier else asked.prompt,

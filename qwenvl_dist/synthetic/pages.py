@@ -10,6 +10,7 @@ import json
 import random
 import shutil
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont
@@ -58,7 +59,7 @@ def page(
 def draw_page(page: Page) -> Image.Image:
     """Draw a page as an RGB picture, black on white, flush left."""
     image = Image.new("RGB", (page.width, page.height), PAPER)
-    pen, font = ImageDraw.Draw(image), ImageFont.load_default(page.letter)
+    pen, font = ImageDraw.Draw(image), _font(page.letter)
     left = page.width * MARGIN
     for number, line in enumerate(page.lines):
         pen.text((left, page.height * MARGIN + number * page.letter * LINE_HEIGHT), line, font=font, fill=INK)
@@ -128,6 +129,11 @@ def _write_split(folder: Path, pages: list[Page], first_id: int) -> None:
     (folder / "captions.json").write_text(json.dumps(content) + "\n", encoding="utf-8")
 
 
+@cache
+def _font(letter: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
+    return ImageFont.load_default(letter)
+
+
 def _word(draw: random.Random) -> str:
     syllables = 1 + int(draw.random() * 3)
     return "".join(
@@ -138,7 +144,7 @@ def _word(draw: random.Random) -> str:
 
 def _wrapped(words: list[str], letter: int, width: int) -> tuple[str, ...] | None:
     """Break words into lines; None when one of them is wider than the page."""
-    font, room = ImageFont.load_default(letter), width * (1 - 2 * MARGIN)
+    font, room = _font(letter), width * (1 - 2 * MARGIN)
     lines: list[str] = []
     for word in words:
         longer = f"{lines[-1]} {word}" if lines else word

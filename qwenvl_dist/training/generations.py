@@ -24,7 +24,8 @@ from qwenvl_dist.logs import get_logger
 from qwenvl_dist.model.fast_path import generating
 from qwenvl_dist.model.generate import Answers, answer, answer_all
 from qwenvl_dist.model.whole_weights import whole_weights
-from qwenvl_dist.scores.captions import by_image
+from qwenvl_dist.scores.boxes import BoxCounts, judge
+from qwenvl_dist.scores.captions import ImageCaption, by_image
 from qwenvl_dist.scores.coco import CaptionScorer, ScoringFailed
 from qwenvl_dist.training.tracking import BASE, GENERATIONS, track_generations
 
@@ -33,6 +34,10 @@ if TYPE_CHECKING:
     from qwenvl_dist.training.state import TrainState
 
 log = get_logger(__name__)
+
+
+def _box_scores(counts: BoxCounts) -> dict[str, float]:
+    return {"box_precision": counts.precision, "box_recall": counts.recall}
 
 
 def open_generations(state: TrainState) -> Generations | None:
@@ -87,14 +92,13 @@ class Generations:
         for record in answers.bad:
             log.warning("no caption of %s in %s: %s", record.key, record.shard, record.reason)
         images = by_image(answers.said, self.state.recipe.data.caption_mark, self.config.scored)
-        values: dict[str, float] = {}
-        each: list[dict[str, float]] = [{} for _ in images]
-        try:
-            with CaptionScorer(self.config.scores) as scorer:
-                scores = scorer.score(images)
-            values, each = dict(scores.overall), scores.each
-        except ScoringFailed as error:
-            log.warning("step %d: captions without scores: %s", self.state.progress.step, error)
+        boxes = [judge(i.prompt, "".join(i.references), i.answer) for i in images]
+        values, each = self._caption_scores([i for i, b in zip(images, boxes, strict=True) if b is None])
+        unused = iter(each)
+        each = [next(unused) if b is None else _box_scores(b.counts) for b in boxes]
+        counts = sum((b.counts for b in boxes if b is not None), BoxCounts())
+        if counts.true:
+            values.update(_box_scores(counts))
         entries = [{**image.to_json(), "scores": own} for image, own in zip(images, each, strict=True)]
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
@@ -106,6 +110,17 @@ class Generations:
         if metrics:
             metrics.log_generations({**values, "generated_per_second": answers.per_second}, len(images))
             track_generations(self.state)
+
+    def _caption_scores(self, images: list[ImageCaption]) -> tuple[dict[str, float], list[dict[str, float]]]:
+        """Return the scores of captions, of all together and of each; empty ones when they cannot be had."""
+        if images:
+            try:
+                with CaptionScorer(self.config.scores) as scorer:
+                    scores = scorer.score(images)
+                return dict(scores.overall), scores.each
+            except ScoringFailed as error:
+                log.warning("step %d: captions without scores: %s", self.state.progress.step, error)
+        return {}, [{} for _ in images]
 
     def _generate(self) -> Answers:
         model, config, state = self.model, self.config, self.state

@@ -4,8 +4,8 @@ import random
 
 import pytest
 
-from qwenvl_dist.data.boxes import Box, NamedBox
-from qwenvl_dist.scores.boxes import BoxCounts, count, count_by_name, match
+from qwenvl_dist.data.boxes import Box, NamedBox, write_objects
+from qwenvl_dist.scores.boxes import BoxAnswer, BoxCounts, judge, match
 
 
 def at(x: int, name: str = "dog", width: int = 100) -> NamedBox:
@@ -13,7 +13,7 @@ def at(x: int, name: str = "dog", width: int = 100) -> NamedBox:
 
 
 def counts(predicted: list[NamedBox], true: list[NamedBox], malformed: int = 0) -> BoxCounts:
-    return count(predicted, true, match(predicted, true), malformed)
+    return BoxAnswer(true, predicted, malformed, match(predicted, true)).counts
 
 
 @pytest.mark.parametrize(
@@ -70,8 +70,18 @@ def test_greedy_loses_nothing_on_boxes_that_overlap_little() -> None:
 
 def test_counts_add_up_over_names_and_answers() -> None:
     predicted, true = [at(0), at(0, "cat"), at(300, "cat")], [at(5), at(2, "Cat")]
-    pairs = match(predicted, true)
-    by_name = count_by_name(predicted, true, pairs)
+    by_name = BoxAnswer(true, predicted, 0, match(predicted, true)).counts_by_name
     total = by_name["dog"] + by_name["cat"]
     assert set(by_name) == {"dog", "cat"} and total == counts(predicted, true)
     assert (by_name["cat"].precision, by_name["dog"].precision) == (0.5, 1)
+
+
+def test_an_answer_is_judged_by_its_reference() -> None:
+    judged = judge(
+        "Find all objects.", write_objects([at(0), at(500, "cat")]), write_objects([at(3), at(0, "cat")])
+    )
+    assert judged is not None and judged.is_right == [True, False]
+    bare = "<|box_start|>(0,0),(100,100)<|box_end|>"
+    asked = judge("Find <|object_ref_start|>dog<|object_ref_end|>.", write_objects([at(0)]), bare)
+    assert asked is not None and asked.is_right == [True]
+    assert judge("COCO Yes:", "A dog.", bare) is None
