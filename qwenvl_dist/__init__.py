@@ -3,7 +3,11 @@
 Layers; imports point downward only:
 
 4  commands                              parse, build, call
+<<<<<<< HEAD
 3  training   merge   evaluate   report   bench   planning   none of them imports another
+=======
+3  training   merge   evaluate   report   download   bench   none of them imports another
+>>>>>>> 540ca1a (Pin the report's boxes; train on the boxes of real photos)
 2  data   model   checkpoints   scores   data never imports model: the processor is passed in
 1  config   distributed   heartbeat   guard   launched   outcome   jobs   logs   errors   startup   synthetic
 

@@ -16,7 +16,7 @@ from typing import Any
 
 from qwenvl_dist.data.boxes import NamedBox, holds_boxes
 from qwenvl_dist.data.drawing import LEGEND, draw_objects
-from qwenvl_dist.data.images import UnreadableImage
+from qwenvl_dist.data.sizes import UnreadableImage
 from qwenvl_dist.errors import CheckFailed, UserError
 from qwenvl_dist.evaluate.captioner import Captioner
 from qwenvl_dist.evaluate.compare import Comparison, comparison_page

@@ -9,7 +9,7 @@ import yaml
 from tests.ranks import ROOT, command
 from tests.training.runs import read_lines
 
-pytestmark = [pytest.mark.dist, pytest.mark.slow]
+pytestmark = pytest.mark.dist
 BASE = ROOT / "launch" / "demo_base"
 
 
@@ -33,6 +33,37 @@ def learn(shards: Path, out: Path, side: int, batch: int, steps: int, **evaluati
     return out.parent / "merged"
 
 
+def test_boxes_of_real_photos_train_and_are_evaluated(
+    shared_data: Path, tiny_base: Path, tmp_path: Path
+) -> None:
+    coco = shared_data / "coco"
+    command(
+        "shards", "pack", "--source", "grounding", "--instances", coco / "instances.json", "--images",
+        coco / "images", "--out", tmp_path / "shards",
+    )  # fmt: skip
+    report = json.loads(command("shards", "verify", tmp_path / "shards", "--json").stdout.splitlines()[-1])
+    assert (report["samples"], report["bad"]) == (921, [])
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(
+        f"model: {{base: {tiny_base}, dtype: float32}}\ndata: {{train: {tmp_path / 'shards'}}}\n"
+    )
+    command(
+        "train", recipe, "train.max_steps=2", "train.grad_accum_steps=1", "train.log_every_steps=1", "data.workers=0",
+        "data.micro_batch_size=4", f"train.output_dir={tmp_path / 'run'}", "tracking.mode=disabled",
+    )  # fmt: skip
+    lines = [line for line in read_lines(tmp_path / "run" / "metrics.jsonl") if "loss" in line]
+    assert [line["bad_samples"] for line in lines] == [0, 0] and all(
+        line["target_tokens"] > 40 for line in lines
+    )
+    said = command(
+        "evaluate", tiny_base, "--task", "grounding", "--shards", tmp_path / "shards", "--limit", "4",
+        "--image-size", "280", "--max-new-tokens", "4", "--out", tmp_path / "evaluation", "--json",
+    )  # fmt: skip
+    numbers = json.loads(said.stdout.splitlines()[-1])
+    assert numbers["n"] == 4 and numbers["boxes"] >= 4 and numbers["recall"] == 0
+
+
+@pytest.mark.slow
 def test_recall_of_boxes_rises(tmp_path: Path) -> None:
     command("synthetic", "scenes", "--out", tmp_path / "scenes", "--count", "10", "--size", "112")
     train = tmp_path / "scenes" / "train"
@@ -65,6 +96,7 @@ def test_recall_of_boxes_rises(tmp_path: Path) -> None:
     assert "Boxes of validation photos at IoU 0.5" in page and page.count('<img src="data:image') == 20
 
 
+@pytest.mark.slow
 def test_pages_are_read_to_the_last_word(tmp_path: Path) -> None:
     command(
         "synthetic", "pages", "--out", tmp_path / "pages", "--count", "6", "--words", "20", "--width", "140",
