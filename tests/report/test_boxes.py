@@ -15,14 +15,14 @@ from qwenvl_dist.data.boxes import Box, NamedBox, write_objects
 from qwenvl_dist.data.drawing import RIGHT, WRONG
 from tests.report.made_run import keys_of, write_full_run, write_lines
 
-TRUE = NamedBox("dog", Box(100, 100, 500, 500))
+TRUE, ELSEWHERE = NamedBox("dog", Box(100, 100, 500, 500)), NamedBox("dog", Box(520, 520, 990, 990))
 
 
 @pytest.fixture(scope="module")
 def page(tmp_path_factory: pytest.TempPathFactory, scene_validation_shards: Path) -> str:
     """Three photos: the box was found, another was named, and nothing was said."""
     run = write_full_run(tmp_path_factory.mktemp("boxes") / "run", scene_validation_shards)
-    answers = [[TRUE], [NamedBox("dog", Box(520, 520, 990, 990))], []]
+    answers = [[TRUE], [ELSEWHERE], []]
     rows = [
         {"key": key, "image_id": 1, "prompt": "Find all objects.", "references": [write_objects([TRUE])],
          "caption": write_objects(answer), "answer": write_objects(answer), "scores": {}}
@@ -35,22 +35,32 @@ def page(tmp_path_factory: pytest.TempPathFactory, scene_validation_shards: Path
     return (run / "report.html").read_text()
 
 
-def colour_counts(page: str, colour: tuple[int, int, int]) -> list[int]:
-    """Return how many pixels of each picture are of a colour."""
-    counts = []
-    for uri in re.findall(r"data:image/jpeg;base64,([^\"]+)", page):
-        pixels = np.asarray(Image.open(io.BytesIO(base64.b64decode(uri))).convert("RGB")).astype(int)
-        counts.append(int((np.abs(pixels - colour).max(-1) < 25).sum()))
-    return counts
+def pictures(page: str) -> list[np.ndarray]:
+    """Return the photos, (280, 280, 3) each."""
+    uris = re.findall(r"data:image/jpeg;base64,([^\"]+)", page)
+    return [
+        np.asarray(Image.open(io.BytesIO(base64.b64decode(uri))).convert("RGB")).astype(int) for uri in uris
+    ]
+
+
+def edge(picture: np.ndarray, box: Box) -> np.ndarray:
+    """Return the colours along the left edge of a box, below its name."""
+    height, width = picture.shape[:2]
+    return picture[box.y1 * height // 1000 + 30 : box.y2 * height // 1000 - 5, box.x1 * width // 1000 + 1]
+
+
+def share_of(colours: np.ndarray, colour: tuple[int, int, int]) -> float:
+    return float((np.abs(colours - colour).max(-1) < 60).mean())
 
 
 def test_answers_are_drawn_on_their_photos(page: str) -> None:
-    greens, reds = colour_counts(page, RIGHT), colour_counts(page, WRONG)
-    assert len(greens) == 3
-    assert greens[0] > 300 and greens[1] < 100 and greens[2] < 100
-    assert reds[1] > 300 and reds[0] < 100 and reds[2] < 100
-    whites = colour_counts(page, (255, 255, 255))
-    assert min(whites) > 100, "the reference is dashed on all"
+    found, elsewhere, silent = pictures(page)
+    assert share_of(edge(found, TRUE.box), RIGHT) > 0.9
+    assert share_of(edge(elsewhere, ELSEWHERE.box), WRONG) > 0.9
+    for picture in (elsewhere, silent):
+        dashes = edge(picture, TRUE.box)
+        assert share_of(dashes, (255, 255, 255)) > 0.25 and share_of(dashes, (0, 0, 0)) > 0.25
+    assert share_of(edge(silent, ELSEWHERE.box), WRONG) < 0.1
 
 
 def test_recall_and_precision_have_a_chart(page: str) -> None:
