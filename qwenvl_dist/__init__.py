@@ -3,11 +3,8 @@
 Layers; imports point downward only:
 
 4  commands                              parse, build, call
-<<<<<<< HEAD
-3  training   merge   evaluate   report   bench   planning   none of them imports another
-=======
-3  training   merge   evaluate   report   download   bench   none of them imports another
->>>>>>> 540ca1a (Pin the report's boxes; train on the boxes of real photos)
+3  training   merge   evaluate   report   download   planning   bench   preflight
+                                         none imports another, but bench measures and preflight tries them all
 2  data   model   checkpoints   scores   data never imports model: the processor is passed in
 1  config   distributed   heartbeat   guard   launched   outcome   jobs   logs   errors   startup   synthetic
 

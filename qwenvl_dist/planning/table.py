@@ -127,7 +127,8 @@ def text(plan: Plan) -> str:
         f"arithmetic   {work.flops_per_step / 1e12:,.1f} TFLOP a step; {work.seconds_per_step:.2f} s a step and "
         f"{work.days:.2f} days at {work.mfu:.0%} of {work.peak_flops / 1e12:,.0f} TFLOP/s ({work.gpu})",
         f"checkpoints  {describe_bytes(written.bytes)} in {written.files} files each, {written.written:,} written, at "
-        f"most {written.on_disk} at a time: {describe_bytes(written.disk_bytes)}, {written.disk_files:,} files and folders",
+        f"most {written.on_disk} at a time: {describe_bytes(written.disk_bytes)}, {written.disk_files:,} files and "
+        "folders",
         "",
     ]
     largest = data.largest
