@@ -10,10 +10,19 @@ import sys
 import time
 from itertools import groupby
 from pathlib import Path
+from typing import Any
 
-from qwenvl_dist.data.formats import DEFAULT_JOIN, DEFAULT_PROMPT, READERS
+from qwenvl_dist.data.formats import (
+    DEFAULT_JOIN,
+    DEFAULT_PROMPT,
+    READERS,
+    PackInput,
+    SampleReader,
+    TextRules,
+)
 
 EXAMPLES_SHOWN = 3
+WITH_COLUMNS = ("csv",)
 ENCODE_PATIENCE_SECONDS = 7 * 86400.0  # a rank may be done long before the others
 
 
@@ -23,16 +32,42 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
     actions = shards.add_subparsers(dest="action", required=True, metavar="pack|encode|verify|show")
 
     pack = actions.add_parser("pack", help="pictures and captions -> shards, indexes and a manifest")
-    pack.add_argument("--source", required=True, choices=sorted(READERS), help="the form of the captions")
-    pack.add_argument("--captions", required=True, metavar="FILE", help="COCO captions JSON, a file or URL")
-    pack.add_argument("--images", required=True, metavar="DIR", help="the pictures, a folder or URL")
+    pack.add_argument(
+        "--source",
+        required=True,
+        choices=tuple(READERS),
+        help="the form of the input: docs/data.md shows each",
+    )
+    pack.add_argument(
+        "--captions",
+        "--input",
+        dest="input",
+        required=True,
+        metavar="FILE",
+        help="the annotations, a file or URL",
+    )
+    pack.add_argument(
+        "--images", metavar="DIR",
+        help="where pictures lie that the input names by a relative path, a folder or URL (default: beside the input; "
+        "coco needs it)",
+    )  # fmt: skip
     pack.add_argument(
         "--out", required=True, metavar="DIR", help="the folder to write, or a URL such as s3://"
     )
-    pack.add_argument("--prompt", default=DEFAULT_PROMPT, help="the user's text (default: %(default)r)")
+    pack.add_argument(
+        "--prompt",
+        default=DEFAULT_PROMPT,
+        help="the user's text where the input has none (default: %(default)r)",
+    )
     pack.add_argument(
         "--join", default=DEFAULT_JOIN, help="between a picture's captions (default: %(default)r)"
     )
+    pack.add_argument(
+        "--keep-white-space", action="store_true",
+        help="keep line breaks and runs of spaces inside answers, which else become one space as in captions",
+    )  # fmt: skip
+    pack.add_argument("--image-column", metavar="NAME", help="of csv (default: image_path)")
+    pack.add_argument("--text-column", metavar="NAME", help="of csv (default: caption)")
     pack.add_argument(
         "--samples-per-shard", type=int, default=1000, metavar="N", help="(default: %(default)s)"
     )
@@ -101,8 +136,7 @@ def _run_pack(args: argparse.Namespace) -> int:
     log = get_logger(__name__)
     started = time.monotonic()
     part = _parse_part(args.part)
-    reader = READERS[args.source]
-    samples = list(reader(args.captions, args.images, args.prompt, args.join, allow_missing=args.skip_bad))
+    samples = open_input(args)
     total = len(samples) if part is None else None
     with progress(total=total, description="pack") as bar:
         report = pack(
@@ -111,7 +145,7 @@ def _run_pack(args: argparse.Namespace) -> int:
             samples_per_shard=args.samples_per_shard,
             workers=available_cores() if args.workers is None else args.workers,
             skip_bad=args.skip_bad,
-            packing={"source": args.source, "prompt": args.prompt, "join": args.join},
+            packing=_packing(args),
             part=part,
             advance=bar.advance,
         )
@@ -140,6 +174,31 @@ def _run_pack(args: argparse.Namespace) -> int:
         "%s: %d samples in %d shards%s, %.1f s", args.out, report.manifest.samples, num_shards, kept, seconds
     )
     return 0
+
+
+def open_input(args: argparse.Namespace) -> SampleReader:
+    """Return the reader of what `shards pack` is to read."""
+    from qwenvl_dist.errors import UserError
+
+    for option, value, sources in (
+        ("--image-column", args.image_column, WITH_COLUMNS),
+        ("--text-column", args.text_column, WITH_COLUMNS),
+    ):
+        if value is not None and args.source not in sources:
+            raise UserError(f"{option} is for --source {' and '.join(sources)}; drop it")
+    rules = TextRules(args.prompt, args.join, args.keep_white_space)
+    return READERS[args.source](
+        PackInput(
+            args.input, args.images, rules, args.skip_bad,
+            image_column=args.image_column, text_column=args.text_column,
+        )
+    )  # fmt: skip
+
+
+def _packing(args: argparse.Namespace) -> dict[str, Any]:
+    """Return what the manifest notes of the command, for people."""
+    notes = {"source": args.source, "prompt": args.prompt, "join": args.join}
+    return {**notes, "keep_white_space": True} if args.keep_white_space else notes
 
 
 def _parse_part(text: str | None) -> tuple[int, int] | None:
