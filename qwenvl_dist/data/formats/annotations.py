@@ -6,7 +6,6 @@ import json
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from io import BufferedIOBase
 from pathlib import Path
 from tempfile import NamedTemporaryFile
 from typing import Any, BinaryIO
@@ -16,10 +15,11 @@ from qwenvl_dist.errors import UserError
 
 CHUNK_BYTES = 64 * 1024
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"
-_ESCAPED_PAIR_OR_LONE = re.compile(
-    rb"\\u[dD][89abAB][0-9a-fA-F]{2}\\u[dD][c-fC-F][0-9a-fA-F]{2}|(\\u[dD][89a-fA-F][0-9a-fA-F]{2})"
+PAIR_BYTES = 12  # of two escapes that are one character
+_HIGH = re.compile(rb"\\u[dD][89abAB][0-9a-fA-F]{2}")
+_PAIR_OR_LONE = re.compile(
+    _HIGH.pattern + rb"\\u[dD][c-fC-F][0-9a-fA-F]{2}|(\\u[dD][89a-fA-F][0-9a-fA-F]{2})"
 )
-_PAIR_BYTES = 12
 
 
 @dataclass(frozen=True)
@@ -188,41 +188,42 @@ class _LoneSurrogateError(Exception):
 
 
 class _Fed:
-    """A file as the parser reads it: watched for lone surrogates, or byte by byte from a place on."""
+    """A file as the parser reads it: watched for lone surrogates, or byte by byte from a place on.
 
-    def __init__(self, file: BinaryIO | BufferedIOBase, slowly_from: int | None = None) -> None:
+    No escape is parted by the end of a piece, so that what is yielded from one holds no lone surrogate.
+    """
+
+    def __init__(self, file: BinaryIO, slowly_from: int | None = None) -> None:
         self.file, self.slowly_from = file, slowly_from
         self.last = self.position = file.tell()
-        self._rest = b""
+        self._kept = b""
 
     def read(self, size: int = -1) -> bytes:
         """Return the next bytes."""
         if size == 0:  # ijson asks whether it gets bytes or characters
             return b""
-        size = CHUNK_BYTES
-        if self.slowly_from is not None:
-            size = max(1, min(size, self.slowly_from - self.position))
-        data = self.file.read(size)
+        if self.slowly_from is None:
+            data = self._watched()
+        else:
+            data = self.file.read(max(1, min(CHUNK_BYTES, self.slowly_from - self.position)))
         self.last = self.position
         self.position += len(data)
-        if self.slowly_from is None:
-            self._watch(data)
         return data
 
-    def _watch(self, data: bytes) -> None:
-        seen = self._rest + data
-        end = len(seen) - (
-            _PAIR_BYTES - 1 if data else 0
-        )  # what begins behind it is looked at with the next chunk
-        begin = max(0, end)
-        if b"\\ud" in seen or b"\\uD" in seen:
-            for match in _ESCAPED_PAIR_OR_LONE.finditer(seen):
-                if match.start() >= end:
-                    break
+    def _watched(self) -> bytes:
+        new = self.file.read(CHUNK_BYTES)
+        data = self._kept + new
+        end = len(data)
+        escape = data.find(b"\\", max(0, end - PAIR_BYTES + 1))
+        if len(new) == CHUNK_BYTES and escape >= 0:
+            begins_before = escape >= 6 and _HIGH.match(data, escape - 6) is not None
+            end = escape - 6 if begins_before else escape
+        data, self._kept = data[:end], data[end:]
+        if b"\\ud" in data or b"\\uD" in data:
+            for match in _PAIR_OR_LONE.finditer(data):
                 if match.group(1):
                     raise _LoneSurrogateError
-                begin = max(begin, match.end())
-        self._rest = seen[begin:]
+        return data
 
 
 def _count_lines(file: BinaryIO, until: int | None) -> int:
