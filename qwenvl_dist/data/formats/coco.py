@@ -27,7 +27,7 @@ from qwenvl_dist.data.formats.turns import FormatError, TextRules
 from qwenvl_dist.data.storage import LocalStorage, open_storage
 from qwenvl_dist.errors import CheckFailed, UserError
 
-SPILL_CACHE_KIB = 32 * 1024
+SPILL_CACHE_KIB = 8 * 1024
 REMEDY = "a COCO captions file is {'images': [...], 'annotations': [...]}, like captions_train2017.json"
 Row = tuple[Any, ...]
 
