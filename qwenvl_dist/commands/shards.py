@@ -1,4 +1,4 @@
-"""`shards pack`, `shards encode`, `shards verify`, `shards show`."""
+"""`shards pack`, `shards index`, `shards encode`, `shards verify`, `shards show`."""
 
 from __future__ import annotations
 
@@ -28,8 +28,8 @@ ENCODE_PATIENCE_SECONDS = 7 * 86400.0  # a rank may be done long before the othe
 
 def add_parser(subparsers: argparse._SubParsersAction) -> None:
     """Add `shards` with its sub-commands."""
-    shards = subparsers.add_parser("shards", help="pack, encode, verify and look at WebDataset shards")
-    actions = shards.add_subparsers(dest="action", required=True, metavar="pack|encode|verify|show")
+    shards = subparsers.add_parser("shards", help="pack, index, encode, verify and look at WebDataset shards")
+    actions = shards.add_subparsers(dest="action", required=True, metavar="pack|index|encode|verify|show")
 
     pack = actions.add_parser("pack", help="pictures and captions -> shards, indexes and a manifest")
     pack.add_argument(
@@ -54,18 +54,7 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
     pack.add_argument(
         "--out", required=True, metavar="DIR", help="the folder to write, or a URL such as s3://"
     )
-    pack.add_argument(
-        "--prompt",
-        default=DEFAULT_PROMPT,
-        help="the user's text where the input has none (default: %(default)r)",
-    )
-    pack.add_argument(
-        "--join", default=DEFAULT_JOIN, help="between a picture's captions (default: %(default)r)"
-    )
-    pack.add_argument(
-        "--keep-white-space", action="store_true",
-        help="keep line breaks and runs of spaces inside answers, which else become one space as in captions",
-    )  # fmt: skip
+    _add_text_rules(pack)
     pack.add_argument("--image-column", metavar="NAME", help="of csv (default: image_path)")
     pack.add_argument("--text-column", metavar="NAME", help="of csv (default: caption)")
     pack.add_argument(
@@ -83,6 +72,29 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
         "the same command without --part then checks all shards and adds the manifest",
     )  # fmt: skip
     pack.set_defaults(run=run)
+
+    index = actions.add_parser(
+        "index",
+        help="index shards of another program in place, without packing again",
+        description="Write an index beside each tar of a folder and a manifest, which is all that training needs. The "
+        "tars stay as they are; their text (jpg + txt, jpg + json) becomes messages when it is read.",
+    )
+    index.add_argument("folder", metavar="DIR", help="the folder that holds the .tar files")
+    index.add_argument(
+        "--text-member", metavar="EXTENSION", help="which member is the text (default: txt, else json)"
+    )
+    index.add_argument(
+        "--caption-field", metavar="NAME",
+        help="of json, a caption or a list of them (default: caption, captions or text; or the json's conversation)",
+    )  # fmt: skip
+    _add_text_rules(index)
+    _add_workers(index)
+    index.add_argument(
+        "--skip-bad",
+        action="store_true",
+        help="leave samples that cannot be used out of the index, and name them",
+    )
+    index.set_defaults(run=run)
 
     encode = actions.add_parser(
         "encode",
@@ -122,9 +134,13 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Run the sub-command and return the exit code."""
-    return {"pack": _run_pack, "encode": _run_encode, "verify": _run_verify, "show": _run_show}[args.action](
-        args
-    )
+    return {
+        "pack": _run_pack,
+        "index": _run_index,
+        "encode": _run_encode,
+        "verify": _run_verify,
+        "show": _run_show,
+    }[args.action](args)
 
 
 def _run_pack(args: argparse.Namespace) -> int:
@@ -210,6 +226,37 @@ def _parse_part(text: str | None) -> tuple[int, int] | None:
     if not (number.isdecimal() and count.isdecimal() and int(number) < int(count)):
         raise UserError(f"--part {text}: must be I/N with I from 0 to N - 1, such as 0/4")
     return int(number), int(count)
+
+
+def _run_index(args: argparse.Namespace) -> int:
+    """Index in place, and say what was done."""
+    from qwenvl_dist.data.parallel import available_cores
+    from qwenvl_dist.data.reindex import reindex
+    from qwenvl_dist.logs import get_logger, progress
+
+    log = get_logger(__name__)
+    started = time.monotonic()
+    with progress(total=None, description="index") as bar:
+        report = reindex(
+            args.folder,
+            member=args.text_member,
+            caption_field=args.caption_field,
+            rules=TextRules(args.prompt, args.join, args.keep_white_space),
+            workers=available_cores() if args.workers is None else args.workers,
+            skip_bad=args.skip_bad,
+            advance=bar.advance,
+        )
+    for bad in report.skipped[:EXAMPLES_SHOWN]:
+        log.warning("left out %s: %s", bad.key, bad.reason)
+    if len(report.skipped) > EXAMPLES_SHOWN:
+        log.warning("left out %d samples, all named in %s/manifest.json", len(report.skipped), args.folder)
+    manifest = report.manifest
+    what = "indexed" if report.is_new else "nothing to do, it is indexed so:"
+    log.info(
+        "%s: %s %d samples in %d shards, %.1f s",
+        args.folder, what, manifest.samples, len(manifest.shards), time.monotonic() - started,
+    )  # fmt: skip
+    return 0
 
 
 def _run_encode(args: argparse.Namespace) -> int:
@@ -326,6 +373,21 @@ def _shorten_keys(keys: list[str]) -> str:
         return ""
     more = f" and {len(keys) - EXAMPLES_SHOWN} more" if len(keys) > EXAMPLES_SHOWN else ""
     return f": {', '.join(keys[:EXAMPLES_SHOWN])}{more}"
+
+
+def _add_text_rules(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--prompt",
+        default=DEFAULT_PROMPT,
+        help="the user's text where the input has none (default: %(default)r)",
+    )
+    parser.add_argument(
+        "--join", default=DEFAULT_JOIN, help="between a picture's captions (default: %(default)r)"
+    )
+    parser.add_argument(
+        "--keep-white-space", action="store_true",
+        help="keep line breaks and runs of spaces inside answers, which else become one space as in captions",
+    )  # fmt: skip
 
 
 def _add_workers(parser: argparse.ArgumentParser) -> None:

@@ -62,8 +62,8 @@ class AnnotationFile:
             return storage.folder / name
         if self._copy is None:
             copy = NamedTemporaryFile(prefix="qwenvl-dist-")  # noqa: SIM115 (it lives as long as this object)
-            storage.download(name, copy.file)
-            copy.flush()
+            with open(copy.name, "wb") as target:  # noqa: PTH123
+                storage.download(name, target)
             self._copy = copy
         return Path(self._copy.name)
 

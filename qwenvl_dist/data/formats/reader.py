@@ -6,16 +6,14 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
-from tempfile import TemporaryFile
 from typing import Any
 
 from qwenvl_dist.data.formats.annotations import AnnotationFile, Record
 from qwenvl_dist.data.formats.pictures import Pictures
 from qwenvl_dist.data.formats.sample import SAFE_KEY, ImageRef, Picture, Sample, short
 from qwenvl_dist.data.formats.turns import FormatError, TextRules, Turn, expand, to_messages
+from qwenvl_dist.data.keys import KeyLog
 from qwenvl_dist.errors import UserError
-
-KEYS_AT_ONCE = 1 << 20  # hashes that are compared in memory
 
 
 @dataclass(frozen=True)
@@ -100,10 +98,10 @@ class RecordReader(SampleReader):
 
     def _examine(self) -> int:
         count = 0
-        with _KeyLog() as ids, _KeyLog() as stems:
+        with KeyLog() as ids, KeyLog() as stems:
             for draft in self._drafts():
-                ids.add(_own_key(count, draft))
-                stems.add(_stem_key(count, draft))
+                ids.add(_safe(_own_key(count, draft)))
+                stems.add(_safe(_stem_key(count, draft)))
                 count += 1
             if not count:
                 raise UserError(f"{self.given.location}: holds no record, there is nothing to pack")
@@ -191,56 +189,13 @@ def _stem_key(number: int, draft: Draft) -> str | None:
     return stem_of(draft.images[0]) if draft.images else None
 
 
+def _safe(key: str | None) -> str | None:
+    return key if key is not None and SAFE_KEY.fullmatch(key) else None
+
+
 def _image_id(draft: Draft) -> int | str | None:
     stem = stem_of(draft.images[0]) if draft.images else None
     for found in (draft.image_id, draft.own_id, stem):
         if found is not None:
             return id_of_stem(found) if isinstance(found, str) else found
     return None
-
-
-class _KeyLog:
-    """Tells at the end whether all keys of a long row were safe and different. Hashes wait on disk, not in memory.
-
-    Two keys that share a hash of 64 bits count as the same: then other keys are chosen, no harm is done.
-    """
-
-    def __init__(self) -> None:
-        self.usable, self.count = True, 0
-        self._file = TemporaryFile(prefix="qwenvl-dist-")  # noqa: SIM115 (closed with this object)
-
-    def __enter__(self) -> _KeyLog:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._file.close()
-
-    def add(self, key: str | None) -> None:
-        """Note a key."""
-        import hashlib
-
-        if not self.usable:
-            return
-        if key is None or not SAFE_KEY.fullmatch(key):
-            self.usable = False
-            return
-        self._file.write(hashlib.blake2b(key.encode(), digest_size=8).digest())
-        self.count += 1
-
-    def all_differ(self) -> bool:
-        """Tell whether every key was safe and none came twice."""
-        import numpy as np
-
-        if not self.usable:
-            return False
-        parts = 1 + self.count // KEYS_AT_ONCE
-        for part in range(parts):
-            self._file.seek(0)
-            mine = []
-            while block := self._file.read(8 << 16):
-                hashes = np.frombuffer(block, np.uint64)
-                mine.append(hashes[hashes % np.uint64(parts) == part])
-            hashes = np.concatenate(mine) if mine else np.zeros(0, np.uint64)
-            if len(np.unique(hashes)) < len(hashes):
-                return False
-        return True
