@@ -22,7 +22,7 @@ from qwenvl_dist.data.formats import (
 )
 
 EXAMPLES_SHOWN = 3
-WITH_COLUMNS = ("csv",)
+WITH_COLUMNS = ("csv", "huggingface")
 ENCODE_PATIENCE_SECONDS = 7 * 86400.0  # a rank may be done long before the others
 
 
@@ -55,8 +55,16 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
         "--out", required=True, metavar="DIR", help="the folder to write, or a URL such as s3://"
     )
     _add_text_rules(pack)
-    pack.add_argument("--image-column", metavar="NAME", help="of csv (default: image_path)")
-    pack.add_argument("--text-column", metavar="NAME", help="of csv (default: caption)")
+    pack.add_argument(
+        "--image-column",
+        metavar="NAME",
+        help="of csv (default: image_path) and huggingface (default: image, images, ...)",
+    )
+    pack.add_argument(
+        "--text-column", metavar="NAME",
+        help="of csv (default: caption) and huggingface (default: messages, conversations, caption, text, ...)",
+    )  # fmt: skip
+    pack.add_argument("--split", metavar="NAME", help="of huggingface, where there are several")
     pack.add_argument(
         "--samples-per-shard", type=int, default=1000, metavar="N", help="(default: %(default)s)"
     )
@@ -199,6 +207,7 @@ def open_input(args: argparse.Namespace) -> SampleReader:
     for option, value, sources in (
         ("--image-column", args.image_column, WITH_COLUMNS),
         ("--text-column", args.text_column, WITH_COLUMNS),
+        ("--split", args.split, ("huggingface",)),
     ):
         if value is not None and args.source not in sources:
             raise UserError(f"{option} is for --source {' and '.join(sources)}; drop it")
@@ -206,7 +215,7 @@ def open_input(args: argparse.Namespace) -> SampleReader:
     return READERS[args.source](
         PackInput(
             args.input, args.images, rules, args.skip_bad,
-            image_column=args.image_column, text_column=args.text_column,
+            split=args.split, image_column=args.image_column, text_column=args.text_column,
         )
     )  # fmt: skip
 

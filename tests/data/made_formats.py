@@ -1,7 +1,9 @@
 """One COCO captions file and its pictures, written anew in every other format that `shards pack` reads."""
 
 import csv
+import io
 import json
+import tarfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -84,6 +86,30 @@ def llava(name: str, text: str, images: Path) -> dict[str, Any]:
     return {"id": Path(name).stem, "image": f"elsewhere/{name}", "conversations": turns}
 
 
+def _dataset(pairs: Pairs, images: Path) -> Any:
+    import datasets
+
+    features = {"image": datasets.Image(), "captions": datasets.List(datasets.Value("string"))}
+    columns = {"image": [str(images / name) for name, _ in pairs], "captions": [texts for _, texts in pairs]}
+    return datasets.Dataset.from_dict(columns, features=datasets.Features(features))
+
+
+def saved(pairs: Pairs, images: Path, folder: Path) -> Path:
+    """A data set that names its pictures by path."""
+    _dataset(pairs, images).save_to_disk(folder / "saved")
+    return folder / "saved"
+
+
+def parquet(pairs: Pairs, images: Path, folder: Path) -> Path:
+    """As the hub holds it: the pictures inside, in two files of several row groups."""
+    (folder / "data").mkdir()
+    dataset = _dataset(pairs, images)
+    for number in range(2):
+        path = folder / "data" / f"train-0000{number}-of-00002.parquet"
+        dataset.shard(2, number, contiguous=True).to_parquet(path, batch_size=50)
+    return folder
+
+
 # Name: (--source, what writes it). All are read with --images.
 FILES: dict[str, tuple[str, Callable[[Pairs, Path, Path], Path]]] = {
     "csv": ("csv", write_csv),
@@ -93,4 +119,18 @@ FILES: dict[str, tuple[str, Callable[[Pairs, Path, Path], Path]]] = {
     "swift": ("messages", _json_lines(swift)),
     "sharegpt": ("messages", _json_array(sharegpt)),
     "llava": ("llava", _json_array(llava)),
+    "saved": ("huggingface", saved),
+    "parquet": ("huggingface", parquet),
 }
+
+
+def write_webdataset(pairs: Pairs, images: Path, folder: Path) -> None:
+    """jpg + txt, as plain `tar` writes it, 100 samples a shard."""
+    for number in range(0, len(pairs), 100):
+        with tarfile.open(folder / f"{number // 100:05d}.tar", "w") as archive:
+            for name, texts in pairs[number : number + 100]:
+                archive.add(images / name, name)
+                info = tarfile.TarInfo(f"{Path(name).stem}.txt")
+                data = "&&".join(texts).encode()
+                info.size = len(data)
+                archive.addfile(info, io.BytesIO(data))

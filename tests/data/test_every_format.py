@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from made_formats import FILES, pairs_of
+from made_formats import FILES, pairs_of, write_webdataset
 
 from qwenvl_dist.__main__ import main
 from qwenvl_dist.data.formats import parse_sample_json
@@ -52,3 +52,11 @@ def test_the_real_photos_give_the_same_samples(
     images = real_coco / "images"
     given = write(pairs_of(real_coco / "captions.json"), images, tmp_path)
     assert pack(source, given, tmp_path / "out", "--images", images) == through_coco
+
+
+def test_the_real_photos_give_the_same_samples_from_the_shards_of_another_program(
+    tmp_path: Path, real_coco: Path, through_coco: Packed
+) -> None:
+    write_webdataset(pairs_of(real_coco / "captions.json"), real_coco / "images", tmp_path)
+    assert main(["shards", "index", str(tmp_path)]) == 0
+    assert samples_of(tmp_path) == through_coco

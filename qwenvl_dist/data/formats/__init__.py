@@ -28,6 +28,7 @@ from qwenvl_dist.data.formats.sample import (
     normalise_caption,
     parse_sample_json,
 )
+from qwenvl_dist.data.formats.tables import TableReader
 from qwenvl_dist.data.formats.turns import TextRules
 
 READERS: dict[str, Callable[[PackInput], SampleReader]] = {
@@ -36,6 +37,7 @@ READERS: dict[str, Callable[[PackInput], SampleReader]] = {
     "conversations": ConversationsReader,
     "messages": MessagesReader,
     "llava": LlavaReader,
+    "huggingface": TableReader,
 }
 
 __all__ = [

@@ -10,7 +10,7 @@ from typing import Any
 
 from qwenvl_dist.data.formats.annotations import AnnotationFile, Record
 from qwenvl_dist.data.formats.pictures import Pictures
-from qwenvl_dist.data.formats.sample import SAFE_KEY, ImageRef, Picture, Sample, short
+from qwenvl_dist.data.formats.sample import SAFE_KEY, Picture, Sample, short
 from qwenvl_dist.data.formats.turns import FormatError, TextRules, Turn, expand, to_messages
 from qwenvl_dist.data.keys import KeyLog
 from qwenvl_dist.errors import UserError
@@ -174,7 +174,8 @@ def id_of_stem(stem: str) -> int | str:
 
 def stem_of(picture: Picture) -> str | None:
     """Return a picture's file name without its ending, None where it has no name."""
-    return PurePosixPath(picture.path).stem if isinstance(picture, ImageRef) else None
+    path = getattr(picture, "path", None)
+    return None if path is None else PurePosixPath(path).stem
 
 
 def _number(number: int, draft: Draft) -> str:
