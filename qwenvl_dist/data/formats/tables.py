@@ -307,22 +307,23 @@ class TableImage:
         return self.file.stat().st_mtime_ns
 
 
-_groups: OrderedDict[tuple[Path, int, str], Any] = OrderedDict()
-_file: dict[
-    int, TableFile
-] = {}  # process id -> the one that is open: no place in a file is shared after a fork
+_groups: OrderedDict[tuple[Path, int, int, str], Any] = OrderedDict()
+# Process id -> the file that is open: no place in a file is shared after a fork. With the time of its last change.
+_open: dict[int, tuple[TableFile, int]] = {}
 
 
 def _group_column(path: Path, group: int, column: str) -> Any:
-    """Return the column of a group, kept for the pictures that follow."""
-    key = (path, group, column)
+    """Return the column of a group, kept for the pictures that follow. Raises OSError and UserError."""
+    changed = path.stat().st_mtime_ns
+    key = (path, changed, group, column)
     if key not in _groups:
         while len(_groups) >= GROUPS_KEPT:
             _groups.popitem(last=False)
-        file = _file.get(os.getpid())
-        if file is None or file.path != path:
-            _file.clear()
-            file = _file[os.getpid()] = TableFile(path)
+        file, of = _open.get(os.getpid(), (None, 0))
+        if file is None or file.path != path or of != changed:
+            file = TableFile(path)
+            _open.clear()
+            _open[os.getpid()] = file, changed
         _groups[key] = file.read(group, [column]).column(0)
     return _groups[key]
 
