@@ -22,7 +22,7 @@ from qwenvl_dist.data.formats import (
 )
 
 EXAMPLES_SHOWN = 3
-WITH_COLUMNS = ("csv", "huggingface")
+CAPTION_SOURCES, WITH_COLUMNS = ("coco", "csv"), ("csv", "huggingface")
 ENCODE_PATIENCE_SECONDS = 7 * 86400.0  # a rank may be done long before the others
 
 
@@ -161,7 +161,14 @@ def _run_pack(args: argparse.Namespace) -> int:
     started = time.monotonic()
     part = _parse_part(args.part)
     samples = open_input(args)
-    total = len(samples) if part is None else None
+    total = len(samples)
+    lost = samples.rules.line_breaks_lost
+    if lost and args.source not in CAPTION_SOURCES:
+        log.warning(
+            "%d answers have line breaks inside, which become spaces as in captions; --keep-white-space keeps them",
+            lost,
+        )
+    total = total if part is None else None
     with progress(total=total, description="pack") as bar:
         report = pack(
             samples,

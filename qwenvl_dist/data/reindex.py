@@ -257,7 +257,7 @@ def _form_of_first(
             parse_sample_json(members["json"])
             return None
         caption_field = _caption_field(members["json"], f"{tars[0]}: the first sample's json")
-    return TextForm(member, caption_field, **vars(rules))
+    return TextForm(member, caption_field, rules.prompt, rules.join, rules.keep_white_space)
 
 
 def _caption_field(data: bytes, where: str) -> str | None:

@@ -13,6 +13,7 @@ from qwenvl_dist.__main__ import main
 from qwenvl_dist.data.formats import READERS, PackInput, Sample, TextRules, annotations
 from qwenvl_dist.data.formats.annotations import AnnotationFile
 from qwenvl_dist.errors import UserError
+from tests.http_server import FileServer
 
 
 @pytest.fixture
@@ -29,8 +30,8 @@ def write(folder: Path, *records: Any, lines: bool = False) -> Path:
     return path
 
 
-def read(source: str, path: Path, rules: TextRules = TextRules(), **options: Any) -> list[Sample]:  # noqa: B008
-    return list(READERS[source](PackInput(path, rules=rules, **options)))
+def read(source: str, path: Path | str, rules: TextRules | None = None, **options: Any) -> list[Sample]:
+    return list(READERS[source](PackInput(path, rules=rules or TextRules(), **options)))
 
 
 def spoken(sample: Sample) -> list[tuple[str, list[str]]]:
@@ -111,6 +112,26 @@ def test_white_space_of_answers_is_kept_when_asked_for(folder: Path) -> None:
     assert spoken(read("llava", path)[0])[1] == ("assistant", ["One - two - three"])
     kept = read("llava", path, TextRules(keep_white_space=True))[0]
     assert spoken(kept) == [("user", ["Read  it\nout."]), ("assistant", ["One\n\n- two\n- three"])]
+
+
+def test_line_breaks_that_are_lost_are_told(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = write(folder, chat("List.", "- one\n- two"), chat("Say.", " one \n"))
+    words = ["shards", "pack", "--source", "llava", "--input", str(path), "--out"]
+    assert main([*words, str(folder / "one")]) == 0
+    assert "1 answers have line breaks inside" in capsys.readouterr().err
+    assert main([*words, str(folder / "two"), "--keep-white-space"]) == 0
+    assert "line breaks" not in capsys.readouterr().err
+
+
+def test_input_and_pictures_come_from_a_web_server(folder: Path) -> None:
+    with FileServer(folder) as server:
+        write(folder, chat("<image><image>?", "x", image=["a.jpg", f"{server.url}/b.jpg"]))
+        for options in ({}, {"images": server.url}):
+            (sample,) = read("llava", f"{server.url}/in.json", **options)
+            assert [image.read() for image in sample.images] == [jpeg(0), jpeg(1)]
+        assert sum(request.name == "in.json" for request in server.requests) == 2  # once for each reader
+        with pytest.raises(UserError, match=r"gone\.json: no such file"):
+            read("llava", f"{server.url}/gone.json")
 
 
 def test_keys_are_ids_else_stems_else_numbers(folder: Path) -> None:

@@ -88,6 +88,12 @@ def test_parts_of_a_content_as_trl_writes_them(tmp_path: Path) -> None:
     assert [[part["type"] for part in m["content"]] for m in sample.messages] == [["image", "text"], ["text"]]
 
 
+def test_turns_as_one_list_a_member(tmp_path: Path) -> None:
+    said = {"from": ["human", "gpt"], "value": ["<image>What?", "A bus."]}
+    (sample,) = read(table(tmp_path, [{"conversations": said, "image": inside(1)}]))
+    assert [part["type"] for part in sample.messages[0]["content"]] == ["image", "text"]
+
+
 def test_splits_are_chosen_by_name(tmp_path: Path) -> None:
     import datasets
 

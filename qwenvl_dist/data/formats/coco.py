@@ -40,10 +40,9 @@ class CocoReader(SampleReader):
     """
 
     def __init__(self, given: PackInput) -> None:
-        super().__init__()
+        super().__init__(given)
         if given.images is None:
             raise UserError("--source coco needs --images, the folder that holds the pictures")
-        self.given, self.rules = given, given.rules
         self.folder = open_storage(given.images)
         if isinstance(self.folder, LocalStorage) and not self.folder.folder.is_dir():
             raise UserError(f"{given.images}: --images must be the folder that holds the pictures")

@@ -36,7 +36,8 @@ class SampleReader(ABC):
     Keys are unique and safe.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, given: PackInput) -> None:
+        self.given, self.rules = given, given.rules
         self._count: int | None = None
 
     @abstractmethod
@@ -77,8 +78,7 @@ class RecordReader(SampleReader):
     source: str  # name of the format
 
     def __init__(self, given: PackInput) -> None:
-        super().__init__()
-        self.given, self.rules = given, given.rules
+        super().__init__(given)
         self._key_of = _number
 
     @abstractmethod

@@ -74,6 +74,11 @@ class TableReader(RecordReader):
     def _draft(self, value: Any) -> Draft:
         row, images = value
         text = row[self.text]
+        if isinstance(
+            text, dict
+        ):  # older versions of datasets store a list of turns as one list for each member
+            names, columns = list(text), [column or [] for column in text.values()]
+            text = [dict(zip(names, values, strict=False)) for values in zip(*columns, strict=False)]
         own_id, image_id = id_of(row, "id"), id_of(row, "image_id")
         if isinstance(text, list) and text and isinstance(text[0], dict):
             said = turns_of({"messages" if "role" in text[0] else "conversations": text})

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from qwenvl_dist.data.formats.sample import DEFAULT_JOIN, DEFAULT_PROMPT, is_unicode, normalise_caption
@@ -45,7 +45,7 @@ class FormatError(ValueError):
     """What is wrong with a record, and how to mend it; whoever reads the file adds where it stands."""
 
 
-@dataclass(frozen=True)
+@dataclass
 class TextRules:
     """How the texts of all formats become those of the shards.
 
@@ -56,6 +56,9 @@ class TextRules:
     prompt: str = DEFAULT_PROMPT
     join: str = DEFAULT_JOIN
     keep_white_space: bool = False
+    line_breaks_lost: int = field(
+        default=0, init=False, compare=False
+    )  # answers that had some inside, so far
 
     def __post_init__(self) -> None:
         if not self.join:
@@ -63,7 +66,10 @@ class TextRules:
 
     def caption(self, text: str) -> str:
         """Return one caption. Raises FormatError when nothing is left of it, or when it is not for a model to learn."""
-        text = text.strip() if self.keep_white_space else normalise_caption(text, self.join)
+        text = text.strip()
+        if not self.keep_white_space:
+            self.line_breaks_lost += "\n" in text
+            text = normalise_caption(text, self.join)
         if not text:
             raise FormatError("has an empty caption: fill it in, or drop it")
         check_text(text)
