@@ -90,8 +90,9 @@ class TableReader(RecordReader):
             return Draft(messages, pictures, own_id, image_id)
         if self.image is not None and not images:
             raise FormatError(f"has no picture in {self.image!r}: drop the row")
-        captions = text if isinstance(text, list) else [text]
-        if not all(isinstance(caption, str) for caption in captions):
+        given = text if isinstance(text, list) else [text]
+        captions = [caption for caption in given if isinstance(caption, str)]
+        if len(captions) != len(given):
             raise FormatError(f"has {short(text)} in {self.text!r}: it must be a text, or a list of them")
         answer = self.rules.captions(captions)
         if image_id is None and images:
