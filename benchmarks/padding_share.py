@@ -13,8 +13,8 @@ import argparse
 import torch
 
 from qwenvl_dist.config import PixelRange
-from qwenvl_dist.data.images import ImageSizeRule
 from qwenvl_dist.data.plan import RunPlan, StepLayout
+from qwenvl_dist.data.sizes import ImageSizeRule
 from qwenvl_dist.data.source import ShardSet
 from qwenvl_dist.data.stream import CaptionStream, SampleEncoder
 from qwenvl_dist.model.load import load_processor

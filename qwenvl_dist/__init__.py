@@ -3,7 +3,7 @@
 Layers; imports point downward only:
 
 4  commands                              parse, build, call
-3  training   merge   evaluate   report   bench   none of them imports another
+3  training   merge   evaluate   report   bench   planning   none of them imports another
 2  data   model   checkpoints   scores   data never imports model: the processor is passed in
 1  config   distributed   heartbeat   guard   launched   outcome   jobs   logs   errors   startup   synthetic
 

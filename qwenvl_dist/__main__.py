@@ -16,7 +16,7 @@ from qwenvl_dist.errors import CheckFailed, UserError
 from qwenvl_dist.logs import place
 from qwenvl_dist.outcome import Outcome, reason_of
 
-COMMANDS = ("shards", "train", "merge", "predict", "evaluate", "report", "bench", "synthetic", "job")
+COMMANDS = ("shards", "plan", "train", "merge", "predict", "evaluate", "report", "bench", "synthetic", "job")
 
 _MOMENT = 1.0  # seconds
 

@@ -99,7 +99,8 @@ def shipped_deepspeed_config(name: str) -> Path:
     raise AssertionError(f"ds_configs/{name} is missing from the installation")
 
 
-def _read_deepspeed_file(path: str | Path) -> dict[str, Any]:
+def read_deepspeed_file(path: str | Path) -> dict[str, Any]:
+    """Return a DeepSpeed file without what the recipe decides. Raises UserError when it holds any of that."""
     try:
         config = json.loads(Path(path).read_text(encoding="utf-8"))
     except OSError as error:
@@ -160,7 +161,7 @@ def deepspeed_config(recipe: Recipe) -> dict[str, Any]:
     launcher_path = os.environ.get("ACCELERATE_DEEPSPEED_CONFIG_FILE", "none")
     config: dict[str, Any] | None = None
     if launcher_path != "none":
-        config = _read_deepspeed_file(launcher_path)
+        config = read_deepspeed_file(launcher_path)
     elif os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true":
         from accelerate import (
             DeepSpeedPlugin,
@@ -171,7 +172,7 @@ def deepspeed_config(recipe: Recipe) -> dict[str, Any]:
             "zero_optimization": {k: v for k, v in launched["zero_optimization"].items() if v is not None}
         }
     if recipe.deepspeed.config is not None:
-        own = _read_deepspeed_file(recipe.deepspeed.config)
+        own = read_deepspeed_file(recipe.deepspeed.config)
         if config is not None and own != config:
             raise UserError(
                 f"deepspeed.config = {recipe.deepspeed.config}: the launcher names another configuration "
@@ -179,7 +180,7 @@ def deepspeed_config(recipe: Recipe) -> dict[str, Any]:
             )
         config = own
     if config is None:
-        config = _read_deepspeed_file(shipped_deepspeed_config("zero2.json"))
+        config = read_deepspeed_file(shipped_deepspeed_config("zero2.json"))
     stage = config["zero_optimization"].get("stage")
     if stage not in (2, 3):
         raise UserError(

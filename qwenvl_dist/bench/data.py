@@ -19,9 +19,10 @@ import torch
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from qwenvl_dist.bench import rivals
-from qwenvl_dist.data.images import ImageSizeRule, decode
+from qwenvl_dist.data.images import decode
 from qwenvl_dist.data.index import RawSample
 from qwenvl_dist.data.plan import RunPlan, StepLayout
+from qwenvl_dist.data.sizes import ImageSizeRule
 from qwenvl_dist.data.source import ShardSet
 from qwenvl_dist.data.stream import CaptionStream, SampleEncoder
 from qwenvl_dist.errors import UserError

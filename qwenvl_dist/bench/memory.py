@@ -14,7 +14,7 @@ from torch.utils._pytree import tree_leaves
 
 
 class TensorBytes(TorchDispatchMode):
-    """Counts the bytes of tensors made inside the block that are still alive.
+    """Counts the bytes of tensors made inside the block that are still alive, `now` and at their `peak`.
 
     A number of the computation alone, equal in every run; what kernels use inside themselves is not in it. Works on
     every device, and in the backward pass.
@@ -22,7 +22,7 @@ class TensorBytes(TorchDispatchMode):
 
     def __init__(self) -> None:
         super().__init__()
-        self.now = 0
+        self.now = self.peak = 0
         self._alive: set[int] = set()  # addresses of storages
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -36,6 +36,7 @@ class TensorBytes(TorchDispatchMode):
                 size = storage.nbytes()
                 self._alive.add(address)
                 self.now += size
+                self.peak = max(self.peak, self.now)
                 weakref.finalize(storage, self._release, address, size)
         return outputs
 

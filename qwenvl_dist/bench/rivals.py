@@ -19,8 +19,8 @@ from torch.utils.data import DataLoader, Dataset, RandomSampler
 from webdataset.compat import WebDataset
 
 from qwenvl_dist.data.formats import parse_sample_json
-from qwenvl_dist.data.images import ImageSizeRule
 from qwenvl_dist.data.index import RawSample
+from qwenvl_dist.data.sizes import ImageSizeRule
 from qwenvl_dist.errors import UserError
 
 MAPPED_AT_ONCE = 16  # samples in one Dataset.map

@@ -22,8 +22,8 @@ import torch
 from torch import Tensor
 
 from qwenvl_dist.data.chat import Grid, image_tokens
-from qwenvl_dist.data.images import UnreadableImage
 from qwenvl_dist.data.index import FEATURES, FEATURES_RECORD
+from qwenvl_dist.data.sizes import UnreadableImage
 
 Sizes = Sequence[Sequence[int]]  # (width, height) of each picture
 

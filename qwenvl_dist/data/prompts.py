@@ -23,9 +23,9 @@ from webdataset.pipeline import DataPipeline
 from qwenvl_dist.data.batch import BadSampleRecord
 from qwenvl_dist.data.chat import Grid, Int64
 from qwenvl_dist.data.formats import parse_sample_json
-from qwenvl_dist.data.images import UnreadableImage
 from qwenvl_dist.data.index import RawSample
 from qwenvl_dist.data.plan import RunPlan, StepLayout
+from qwenvl_dist.data.sizes import UnreadableImage
 from qwenvl_dist.data.source import PlannedSample, PlannedSource, ShardSet
 from qwenvl_dist.data.stream import SampleEncoder
 

@@ -35,6 +35,7 @@ from qwenvl_dist.data.plan import (
     deal_by_budget,
     deal_by_length,
 )
+from qwenvl_dist.data.sizes import estimated_tokens
 from qwenvl_dist.data.storage import LocalStorage, Storage, open_storage
 from qwenvl_dist.errors import UserError
 
@@ -203,11 +204,8 @@ def _allow_open_files(count: int) -> None:
 class SampleLengths:
     """About how many tokens each sample has, from the index alone: nothing is decoded.
 
-    Visual tokens are exact, or the `limit` to which a sample's pictures are shrunk; text counts as characters / 4.5,
-    the English captions' average under Qwen2's tokenizer.
+    Visual tokens are exact, or the `limit` to which a sample's pictures are shrunk; text is estimated.
     """
-
-    CHARACTERS_PER_TOKEN = 4.5
 
     def __init__(
         self, shards: ShardSet, visual_tokens: Callable[[int, int], int], limit: int | None = None
@@ -239,14 +237,7 @@ class SampleLengths:
             # Its samples will be bad ones wherever they are dealt to. A rank that alone cannot read it deals
             # differently, which `agree` finds before the step by the positions that all ranks hold together.
             return np.zeros((self.shards.manifest.shards[shard].samples, 2), np.int64)
-        sizes, which = np.unique(index.image_sizes, axis=0, return_inverse=True)
-        visual = np.array([self.visual_tokens(w, h) for w, h in sizes.tolist()], np.int64)[which.reshape(-1)]
-        until = np.concatenate([[0], np.cumsum(visual)])
-        visual = until[index.image_starts[1:]] - until[index.image_starts[:-1]]
-        if self.limit is not None:
-            visual = np.minimum(visual, self.limit)
-        text = (index.caption_lengths / self.CHARACTERS_PER_TOKEN).astype(np.int64)
-        return np.stack([visual, text], axis=1)
+        return estimated_tokens(index, self.visual_tokens, self.limit)
 
 
 @dataclass(frozen=True)

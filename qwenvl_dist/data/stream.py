@@ -35,9 +35,10 @@ from qwenvl_dist.data.chat import IGNORE, ChatEncoder, EncodedChat, Grid, TooLon
 from qwenvl_dist.data.draw import CaptionDraw
 from qwenvl_dist.data.features import read_features
 from qwenvl_dist.data.formats import parse_sample_json
-from qwenvl_dist.data.images import ImageSizeRule, UnreadableImage, decode, resize
+from qwenvl_dist.data.images import decode, resize
 from qwenvl_dist.data.index import RawSample
 from qwenvl_dist.data.plan import RunPlan, StepLayout
+from qwenvl_dist.data.sizes import ImageSizeRule, UnreadableImage
 from qwenvl_dist.data.slots import BatchSlots
 from qwenvl_dist.data.source import PlannedSample, PlannedSource, SampleLengths, ShardSet
 

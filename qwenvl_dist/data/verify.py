@@ -20,7 +20,6 @@ from PIL import Image
 from qwenvl_dist.data.features import read_features
 from qwenvl_dist.data.foreign import texts_of_shard
 from qwenvl_dist.data.formats import parse_sample_json
-from qwenvl_dist.data.images import UnreadableImage
 from qwenvl_dist.data.index import (
     FEATURES,
     FEATURES_RECORD,
@@ -41,6 +40,7 @@ from qwenvl_dist.data.index import (
     split_member_name,
 )
 from qwenvl_dist.data.parallel import map_in_order
+from qwenvl_dist.data.sizes import UnreadableImage
 from qwenvl_dist.data.storage import LocalFile, LocalStorage, Storage, open_storage
 from qwenvl_dist.errors import UserError
 from qwenvl_dist.files import sha256_of

@@ -15,8 +15,8 @@ import torch
 import transformers
 
 from qwenvl_dist.config import DataConfig, ModelConfig, PixelRange
-from qwenvl_dist.data.images import ImageSizeRule
 from qwenvl_dist.data.prompts import PromptEncoder
+from qwenvl_dist.data.sizes import ImageSizeRule
 from qwenvl_dist.data.stream import SampleEncoder
 from qwenvl_dist.distributed import Topology
 from qwenvl_dist.errors import UserError

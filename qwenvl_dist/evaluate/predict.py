@@ -6,8 +6,9 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from qwenvl_dist.data.formats import caption_messages
-from qwenvl_dist.data.images import UnreadableImage, decode
+from qwenvl_dist.data.images import decode
 from qwenvl_dist.data.prompts import Asked, PromptBatch
+from qwenvl_dist.data.sizes import UnreadableImage
 from qwenvl_dist.data.storage import is_remote, open_file
 from qwenvl_dist.errors import UserError
 from qwenvl_dist.evaluate.captioner import Captioner

@@ -2,21 +2,20 @@
 
 Counted from the model's config and the batch's real tokens (padding left out). What a step may spare is not counted
 either: weight gradients of frozen weights, gradients below the first adapter, recomputation, logits without a target,
-and the last layer's rows that no target looks at.
+and the last layer's rows that no target looks at. Imports torch only to time.
 """
 
 from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-import torch
-from torch.nn.functional import linear
-
 if TYPE_CHECKING:
+    import torch
+
     from qwenvl_dist.data.batch import CaptionBatch
 
 
@@ -54,6 +53,8 @@ class StepWork:
 
     def seconds_of_products(self, dtype: torch.dtype, device: torch.device) -> float:
         """Time every product once, with operands made for it; return what all of them take in a step."""
+        import torch
+
         total = 0.0
         for product, count in self.products.items():
             x = torch.full((product.rows, product.inner), 0.5, dtype=dtype, device=device)
@@ -64,6 +65,9 @@ class StepWork:
 
 
 def _timed(x: torch.Tensor, weight: torch.Tensor, backward: bool) -> float:
+    import torch
+    from torch.nn.functional import linear
+
     on_gpu = x.device.type == "cuda"
     if on_gpu:
         x @ weight if backward else linear(x, weight)  # chooses its kernel
@@ -77,11 +81,33 @@ def _timed(x: torch.Tensor, weight: torch.Tensor, backward: bool) -> float:
 
 def step_work(config: Any, batch: CaptionBatch, rank: int, target_modules: Iterable[str]) -> StepWork:
     """Return what `batch` takes with a frozen base and tower and an adapter of `rank` on `target_modules`."""
+    grids = batch.grids if batch.features is None else ()
+    return count_work(config, grids, _lengths(batch), batch.target_tokens, rank, target_modules)
+
+
+def count_work(
+    config: Any,
+    grids: Iterable[tuple[int, int, int]],
+    lengths: Sequence[int],
+    targets: int,
+    rank: int,
+    target_modules: Iterable[str],
+) -> StepWork:
+    """Return what samples take with a frozen base and tower and an adapter.
+
+    Args:
+        config: with the `vision_config` and `text_config` of transformers.
+        grids: (time, height, width) in patches of the pictures that the tower sees; none where features lie ready.
+        lengths: tokens of each sample up to its last target.
+        targets: tokens with loss, over all samples.
+        rank: of the adapter.
+        target_modules: projections that have one.
+    """
     vision, text = config.vision_config, config.text_config
+    target_modules, grids = tuple(target_modules), tuple(grids)
     products: Counter[Product] = Counter()
     other = 0
-    # The tower, forward alone; not where the batch has its features.
-    grids = batch.grids if batch.features is None else ()
+    # The tower, forward alone.
     patches = sum(t * h * w for t, h, w in grids)
     width, merged = vision.embed_dim, vision.spatial_merge_size**2
     patch = vision.in_channels * vision.temporal_patch_size * vision.patch_size**2
@@ -102,8 +128,7 @@ def step_work(config: Any, batch: CaptionBatch, rank: int, target_modules: Itera
     hidden, inner_width, layers = text.hidden_size, text.intermediate_size, text.num_hidden_layers
     head_width = hidden // text.num_attention_heads
     key_width = text.num_key_value_heads * head_width
-    lengths = _lengths(batch)
-    tokens, targets = sum(lengths), batch.target_tokens
+    tokens = sum(lengths)
     shapes = {
         "q_proj": (hidden, hidden), "k_proj": (hidden, key_width), "v_proj": (hidden, key_width),
         "o_proj": (hidden, hidden), "gate_proj": (hidden, inner_width), "up_proj": (hidden, inner_width),

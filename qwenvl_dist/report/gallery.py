@@ -105,8 +105,8 @@ def _parts(text: str, mark: str) -> list[str]:
 
 def _pictures(run: RunFolder, keys: Sequence[str]) -> tuple[dict[str, str], str | None]:
     """Return pictures as data URIs by key, and why there are none."""
-    from qwenvl_dist.data.images import UnreadableImage
     from qwenvl_dist.data.pictures import find_pictures, picture_uri
+    from qwenvl_dist.data.sizes import UnreadableImage
     from qwenvl_dist.data.source import ShardSet
 
     place = run.setting("data", "validation") or run.setting("data", "train")

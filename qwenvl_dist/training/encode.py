@@ -23,7 +23,6 @@ import transformers
 
 from qwenvl_dist.data.chat import Grid, image_tokens
 from qwenvl_dist.data.features import SampleFeatures, bad_members, read_features
-from qwenvl_dist.data.images import ImageSizeRule, UnreadableImage
 from qwenvl_dist.data.index import (
     FEATURES,
     FEATURES_RECORD,
@@ -38,6 +37,7 @@ from qwenvl_dist.data.index import (
     read_shard_index,
 )
 from qwenvl_dist.data.pack import UNFINISHED_NAME, Skipped, locked, write_shard
+from qwenvl_dist.data.sizes import ImageSizeRule, UnreadableImage
 from qwenvl_dist.data.source import ShardSet
 from qwenvl_dist.data.storage import LocalFile, Range, is_remote
 from qwenvl_dist.data.stream import SampleEncoder

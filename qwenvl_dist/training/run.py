@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qwenvl_dist.data.cache import GIB, ShardCache
-from qwenvl_dist.data.images import ImageSizeRule
 from qwenvl_dist.data.plan import RunPlan, StepLayout
+from qwenvl_dist.data.sizes import ImageSizeRule
 from qwenvl_dist.data.source import ShardSet
 from qwenvl_dist.data.storage import ReadPolicy, open_storage
 from qwenvl_dist.data.stream import CaptionStream, SampleEncoder

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from qwenvl_dist.data.images import UnreadableImage
 from qwenvl_dist.data.pictures import thumbnail
+from qwenvl_dist.data.sizes import UnreadableImage
 
 if TYPE_CHECKING:
     from PIL import Image

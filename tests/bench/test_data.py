@@ -12,7 +12,7 @@ from PIL import Image
 from qwenvl_dist.__main__ import main
 from qwenvl_dist.bench import data, rivals
 from qwenvl_dist.bench.data import Lane
-from qwenvl_dist.data.images import ImageSizeRule
+from qwenvl_dist.data.sizes import ImageSizeRule
 
 RATES = (
     "decode", "decode_resize", "sample", "decode_workers", "loader", "hub_fast", "hub_pil", "plain_webdataset",

@@ -10,7 +10,7 @@ import torch
 from qwenvl_dist.bench.memory import TensorBytes
 from qwenvl_dist.config import LoraConfig, ModelConfig
 from qwenvl_dist.data.batch import CaptionBatch, Example, collate
-from qwenvl_dist.data.images import ImageSizeRule
+from qwenvl_dist.data.sizes import ImageSizeRule
 from qwenvl_dist.data.stream import SampleEncoder
 from qwenvl_dist.model import fast_path
 from qwenvl_dist.model.load import load_model

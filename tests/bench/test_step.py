@@ -13,7 +13,7 @@ from qwenvl_dist.__main__ import main
 from qwenvl_dist.bench import step
 from qwenvl_dist.config import PROJECTIONS, LoraConfig, ModelConfig
 from qwenvl_dist.data.batch import CaptionBatch, Example, collate
-from qwenvl_dist.data.images import ImageSizeRule
+from qwenvl_dist.data.sizes import ImageSizeRule
 from qwenvl_dist.data.stream import SampleEncoder
 from qwenvl_dist.model import flops
 from qwenvl_dist.model.fast_path import install

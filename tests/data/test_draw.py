@@ -10,9 +10,9 @@ import pytest
 
 from qwenvl_dist.data.batch import CaptionBatch
 from qwenvl_dist.data.draw import CaptionDraw
-from qwenvl_dist.data.images import ImageSizeRule
 from qwenvl_dist.data.index import RawSample
 from qwenvl_dist.data.plan import Place, RunPlan, StepLayout
+from qwenvl_dist.data.sizes import ImageSizeRule
 from qwenvl_dist.data.source import PlannedSample, ShardSet, Slot
 from qwenvl_dist.data.stream import CaptionStream, SampleEncoder
 from qwenvl_dist.synthetic.scenes import captions, scene

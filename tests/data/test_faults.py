@@ -26,7 +26,6 @@ import webdataset
 from qwenvl_dist.__main__ import main
 from qwenvl_dist.data.batch import BadSampleRecord, CaptionBatch
 from qwenvl_dist.data.chat import IGNORE
-from qwenvl_dist.data.images import ImageSizeRule
 from qwenvl_dist.data.index import (
     TAR_BLOCK,
     Manifest,
@@ -36,6 +35,7 @@ from qwenvl_dist.data.index import (
     load_shard_index,
 )
 from qwenvl_dist.data.plan import StepLayout
+from qwenvl_dist.data.sizes import ImageSizeRule
 from qwenvl_dist.data.stream import SampleEncoder
 from qwenvl_dist.data.verify import Fault as VerifyFault
 from qwenvl_dist.data.verify import verify

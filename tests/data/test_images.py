@@ -11,7 +11,8 @@ from qwen_vl_utils.vision_process import smart_resize
 from qwen_vl_utils.vision_process import to_rgb as hub_to_rgb
 from transformers.image_utils import load_image
 
-from qwenvl_dist.data.images import ImageSizeRule, UnreadableImage, decode, resize, to_rgb
+from qwenvl_dist.data.images import decode, resize, to_rgb
+from qwenvl_dist.data.sizes import ImageSizeRule, UnreadableImage
 
 Pixels = NDArray[np.uint8]
 

@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 
 from qwenvl_dist.data.batch import Adjustment, CaptionBatch
 from qwenvl_dist.data.chat import IGNORE, image_tokens
-from qwenvl_dist.data.images import ImageSizeRule, UnreadableImage
 from qwenvl_dist.data.plan import RunPlan, StepLayout
+from qwenvl_dist.data.sizes import ImageSizeRule, UnreadableImage
 from qwenvl_dist.data.source import ShardSet
 from qwenvl_dist.data.stream import CaptionStream, SampleEncoder
 from tests.made_shards import Members, jpeg, key_of, keys_of, record, scene_members, stream, write_shards

@@ -13,8 +13,8 @@ from qwen_vl_utils.vision_process import process_vision_info
 
 from qwenvl_dist.data.batch import Example
 from qwenvl_dist.data.formats import read_coco_captions
-from qwenvl_dist.data.images import ImageSizeRule
 from qwenvl_dist.data.index import RawSample
+from qwenvl_dist.data.sizes import ImageSizeRule
 from qwenvl_dist.data.stream import SampleEncoder
 from qwenvl_dist.model.pixels import PixelSettings, pixel_values
 

@@ -18,9 +18,10 @@ from PIL import Image
 
 from qwenvl_dist.data.batch import CaptionBatch
 from qwenvl_dist.data.chat import IGNORE
-from qwenvl_dist.data.images import ImageSizeRule, decode, resize
+from qwenvl_dist.data.images import decode, resize
 from qwenvl_dist.data.index import Manifest, build_shard_index
 from qwenvl_dist.data.plan import RunPlan, StepLayout
+from qwenvl_dist.data.sizes import ImageSizeRule
 from qwenvl_dist.data.source import PlannedSource, ShardSet
 from qwenvl_dist.data.stream import CaptionStream, SampleEncoder
 from tests.made_shards import (

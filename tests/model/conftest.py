@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from qwenvl_dist.data.batch import CaptionBatch
-from qwenvl_dist.data.images import ImageSizeRule
+from qwenvl_dist.data.sizes import ImageSizeRule
 from qwenvl_dist.data.stream import SampleEncoder
 from qwenvl_dist.model.pixels import PixelSettings
 from tests.model.made_batches import batch_of, example, loss_model

@@ -15,8 +15,8 @@ from safetensors.torch import load_file, save_file
 
 from qwenvl_dist.config import make_recipe
 from qwenvl_dist.data.features import SampleFeatures, bad_members, read_features
-from qwenvl_dist.data.images import ImageSizeRule, UnreadableImage
 from qwenvl_dist.data.index import FEATURES, Manifest, load_shard_index
+from qwenvl_dist.data.sizes import ImageSizeRule, UnreadableImage
 from qwenvl_dist.data.source import ShardSet
 from qwenvl_dist.data.stream import SampleEncoder
 from qwenvl_dist.data.verify import verify

@@ -13,8 +13,8 @@ from PIL import Image
 from transformers import Qwen2VLForConditionalGeneration
 
 from qwenvl_dist.config import ModelConfig
-from qwenvl_dist.data.images import ImageSizeRule
 from qwenvl_dist.data.plan import RunPlan, StepLayout
+from qwenvl_dist.data.sizes import ImageSizeRule
 from qwenvl_dist.data.stream import SampleEncoder
 from qwenvl_dist.model.load import load_model
 from qwenvl_dist.model.pixels import PixelSettings
