@@ -138,8 +138,8 @@ class DataConfig(_Section):
     image_size: int | PixelRange = 280  # pixels a side (square, as in the article), or a range
     # Torch's fixed-point bicubic, or Pillow's own: five times the time for one level of difference now and then.
     resize: Literal["fast", "exact"] = "fast"
-    # each: the captions of a photo behind one prefix, each as if it were alone
-    captions_mode: Literal["join", "each"] = "join"
+    # each: the captions of a photo behind one prefix, each as if it were alone; sample: one of them an epoch
+    captions_mode: Literal["join", "each", "sample"] = "join"
     caption_mark: Annotated[str, Field(min_length=1)] = "&&"  # what separates captions in the shards' text
     max_length: Annotated[int, Field(ge=16)] = 8192  # tokens; only caption tokens are ever cut
     # Of a sample above max_length: cut the end of its answer, drop the sample, or shrink its pictures until it fits.

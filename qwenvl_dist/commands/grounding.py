@@ -31,8 +31,9 @@ def refuse(args: argparse.Namespace) -> None:
     for name in ("instances", "task"):
         if getattr(args, name) is not None:
             raise UserError(f"--{name} goes with --source grounding, not with {args.source}")
-    if args.captions is None:
-        raise UserError(f"--captions is missing: --source {args.source} reads its captions from there")
+    if args.input is None:
+        option = "--captions" if args.source == "coco" else "--input"
+        raise UserError(f"{option} is missing: --source {args.source} reads its annotations from there")
 
 
 def read(args: argparse.Namespace) -> tuple[list[Sample], dict[str, Any]]:
@@ -42,7 +43,9 @@ def read(args: argparse.Namespace) -> tuple[list[Sample], dict[str, Any]]:
 
     if args.instances is None:
         raise UserError("--instances is missing: --source grounding reads its boxes from there")
-    if args.captions is not None:
+    if args.images is None:
+        raise UserError("--images is missing: --source grounding finds its pictures there")
+    if args.input is not None:
         raise UserError("--captions does not go with --source grounding, which reads --instances")
     if args.join != DEFAULT_JOIN:
         raise UserError("--join does not go with --source grounding: boxes are not joined")

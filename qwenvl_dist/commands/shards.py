@@ -1,4 +1,4 @@
-"""`shards pack`, `shards encode`, `shards verify`, `shards show`."""
+"""`shards pack`, `shards index`, `shards encode`, `shards verify`, `shards show`."""
 
 from __future__ import annotations
 
@@ -8,34 +8,65 @@ import os
 import shutil
 import sys
 import time
+from collections.abc import Sequence
 from itertools import groupby
 from pathlib import Path
+from typing import Any
 
 from qwenvl_dist.commands import grounding
-from qwenvl_dist.data.formats import DEFAULT_JOIN, DEFAULT_PROMPT, READERS
+from qwenvl_dist.data.formats import (
+    DEFAULT_JOIN,
+    DEFAULT_PROMPT,
+    READERS,
+    PackInput,
+    Sample,
+    SampleReader,
+    TextRules,
+)
 
 EXAMPLES_SHOWN = 3
+CAPTION_SOURCES, WITH_COLUMNS = ("coco", "csv"), ("csv", "huggingface")
 ENCODE_PATIENCE_SECONDS = 7 * 86400.0  # a rank may be done long before the others
 
 
 def add_parser(subparsers: argparse._SubParsersAction) -> None:
     """Add `shards` with its sub-commands."""
-    shards = subparsers.add_parser("shards", help="pack, encode, verify and look at WebDataset shards")
-    actions = shards.add_subparsers(dest="action", required=True, metavar="pack|encode|verify|show")
+    shards = subparsers.add_parser("shards", help="pack, index, encode, verify and look at WebDataset shards")
+    actions = shards.add_subparsers(dest="action", required=True, metavar="pack|index|encode|verify|show")
 
     pack = actions.add_parser("pack", help="pictures and captions -> shards, indexes and a manifest")
     pack.add_argument(
-        "--source", required=True, choices=sorted([*READERS, "grounding"]), help="the form of the annotations"
+        "--source",
+        required=True,
+        choices=(*READERS, "grounding"),
+        help="the form of the input: docs/data.md shows each",
     )
-    pack.add_argument("--captions", metavar="FILE", help="COCO captions JSON, a file or URL")
-    pack.add_argument("--images", required=True, metavar="DIR", help="the pictures, a folder or URL")
+    pack.add_argument(
+        "--captions",
+        "--input",
+        dest="input",
+        metavar="FILE",
+        help="the annotations, a file or URL",
+    )
+    pack.add_argument(
+        "--images", metavar="DIR",
+        help="where pictures lie that the input names by a relative path, a folder or URL (default: beside the input; "
+        "coco and grounding need it)",
+    )  # fmt: skip
     pack.add_argument(
         "--out", required=True, metavar="DIR", help="the folder to write, or a URL such as s3://"
     )
-    pack.add_argument("--prompt", default=DEFAULT_PROMPT, help="the user's text (default: %(default)r)")
+    _add_text_rules(pack)
     pack.add_argument(
-        "--join", default=DEFAULT_JOIN, help="between a picture's captions (default: %(default)r)"
+        "--image-column",
+        metavar="NAME",
+        help="of csv (default: image_path) and huggingface (default: image, images, ...)",
     )
+    pack.add_argument(
+        "--text-column", metavar="NAME",
+        help="of csv (default: caption) and huggingface (default: messages, conversations, caption, text, ...)",
+    )  # fmt: skip
+    pack.add_argument("--split", metavar="NAME", help="of huggingface, where there are several")
     pack.add_argument(
         "--samples-per-shard", type=int, default=1000, metavar="N", help="(default: %(default)s)"
     )
@@ -52,6 +83,29 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
         "the same command without --part then checks all shards and adds the manifest",
     )  # fmt: skip
     pack.set_defaults(run=run)
+
+    index = actions.add_parser(
+        "index",
+        help="index shards of another program in place, without packing again",
+        description="Write an index beside each tar of a folder and a manifest, which is all that training needs. The "
+        "tars stay as they are; their text (jpg + txt, jpg + json) becomes messages when it is read.",
+    )
+    index.add_argument("folder", metavar="DIR", help="the folder that holds the .tar files")
+    index.add_argument(
+        "--text-member", metavar="EXTENSION", help="which member is the text (default: txt, else json)"
+    )
+    index.add_argument(
+        "--caption-field", metavar="NAME",
+        help="of json, a caption or a list of them (default: caption, captions or text; or the json's conversation)",
+    )  # fmt: skip
+    _add_text_rules(index)
+    _add_workers(index)
+    index.add_argument(
+        "--skip-bad",
+        action="store_true",
+        help="leave samples that cannot be used out of the index, and name them",
+    )
+    index.set_defaults(run=run)
 
     encode = actions.add_parser(
         "encode",
@@ -91,9 +145,13 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Run the sub-command and return the exit code."""
-    return {"pack": _run_pack, "encode": _run_encode, "verify": _run_verify, "show": _run_show}[args.action](
-        args
-    )
+    return {
+        "pack": _run_pack,
+        "index": _run_index,
+        "encode": _run_encode,
+        "verify": _run_verify,
+        "show": _run_show,
+    }[args.action](args)
 
 
 def _run_pack(args: argparse.Namespace) -> int:
@@ -105,16 +163,22 @@ def _run_pack(args: argparse.Namespace) -> int:
     log = get_logger(__name__)
     started = time.monotonic()
     part = _parse_part(args.part)
-    packing = {"source": args.source, "prompt": args.prompt, "join": args.join}
+    samples: Sequence[Sample] | SampleReader
     if args.source == "grounding":
         samples, packing = grounding.read(args)
+        total = len(samples)
     else:
         grounding.refuse(args)
-        reader = READERS[args.source]
-        samples = list(
-            reader(args.captions, args.images, args.prompt, args.join, allow_missing=args.skip_bad)
-        )
-    total = len(samples) if part is None else None
+        packing = _packing(args)
+        reader = samples = open_input(args)
+        total = len(reader)
+        lost = reader.rules.line_breaks_lost
+        if lost and args.source not in CAPTION_SOURCES:
+            log.warning(
+                "%d answers have line breaks inside, which become spaces as in captions; --keep-white-space keeps them",
+                lost,
+            )
+    total = total if part is None else None
     with progress(total=total, description="pack") as bar:
         report = pack(
             samples,
@@ -153,6 +217,32 @@ def _run_pack(args: argparse.Namespace) -> int:
     return 0
 
 
+def open_input(args: argparse.Namespace) -> SampleReader:
+    """Return the reader of what `shards pack` is to read."""
+    from qwenvl_dist.errors import UserError
+
+    for option, value, sources in (
+        ("--image-column", args.image_column, WITH_COLUMNS),
+        ("--text-column", args.text_column, WITH_COLUMNS),
+        ("--split", args.split, ("huggingface",)),
+    ):
+        if value is not None and args.source not in sources:
+            raise UserError(f"{option} is for --source {' and '.join(sources)}; drop it")
+    rules = TextRules(args.prompt, args.join, args.keep_white_space)
+    return READERS[args.source](
+        PackInput(
+            args.input, args.images, rules, args.skip_bad,
+            split=args.split, image_column=args.image_column, text_column=args.text_column,
+        )
+    )  # fmt: skip
+
+
+def _packing(args: argparse.Namespace) -> dict[str, Any]:
+    """Return what the manifest notes of the command, for people."""
+    notes = {"source": args.source, "prompt": args.prompt, "join": args.join}
+    return {**notes, "keep_white_space": True} if args.keep_white_space else notes
+
+
 def _parse_part(text: str | None) -> tuple[int, int] | None:
     from qwenvl_dist.errors import UserError
 
@@ -162,6 +252,37 @@ def _parse_part(text: str | None) -> tuple[int, int] | None:
     if not (number.isdecimal() and count.isdecimal() and int(number) < int(count)):
         raise UserError(f"--part {text}: must be I/N with I from 0 to N - 1, such as 0/4")
     return int(number), int(count)
+
+
+def _run_index(args: argparse.Namespace) -> int:
+    """Index in place, and say what was done."""
+    from qwenvl_dist.data.parallel import available_cores
+    from qwenvl_dist.data.reindex import reindex
+    from qwenvl_dist.logs import get_logger, progress
+
+    log = get_logger(__name__)
+    started = time.monotonic()
+    with progress(total=None, description="index") as bar:
+        report = reindex(
+            args.folder,
+            member=args.text_member,
+            caption_field=args.caption_field,
+            rules=TextRules(args.prompt, args.join, args.keep_white_space),
+            workers=available_cores() if args.workers is None else args.workers,
+            skip_bad=args.skip_bad,
+            advance=bar.advance,
+        )
+    for bad in report.skipped[:EXAMPLES_SHOWN]:
+        log.warning("left out %s: %s", bad.key, bad.reason)
+    if len(report.skipped) > EXAMPLES_SHOWN:
+        log.warning("left out %d samples, all named in %s/manifest.json", len(report.skipped), args.folder)
+    manifest = report.manifest
+    what = "indexed" if report.is_new else "nothing to do, it is indexed so:"
+    log.info(
+        "%s: %s %d samples in %d shards, %.1f s",
+        args.folder, what, manifest.samples, len(manifest.shards), time.monotonic() - started,
+    )  # fmt: skip
+    return 0
 
 
 def _run_encode(args: argparse.Namespace) -> int:
@@ -278,6 +399,21 @@ def _shorten_keys(keys: list[str]) -> str:
         return ""
     more = f" and {len(keys) - EXAMPLES_SHOWN} more" if len(keys) > EXAMPLES_SHOWN else ""
     return f": {', '.join(keys[:EXAMPLES_SHOWN])}{more}"
+
+
+def _add_text_rules(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--prompt",
+        default=DEFAULT_PROMPT,
+        help="the user's text where the input has none (default: %(default)r)",
+    )
+    parser.add_argument(
+        "--join", default=DEFAULT_JOIN, help="between a picture's captions (default: %(default)r)"
+    )
+    parser.add_argument(
+        "--keep-white-space", action="store_true",
+        help="keep line breaks and runs of spaces inside answers, which else become one space as in captions",
+    )  # fmt: skip
 
 
 def _add_workers(parser: argparse.ArgumentParser) -> None:

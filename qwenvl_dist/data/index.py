@@ -11,7 +11,8 @@
     image_sizes      (images, 2) int32: width and height as stored, before EXIF turns it; 0, 0 where unreadable
     caption_lengths  (samples,) int32: characters of the assistant's text
 
-Its metadata has one entry, `qwenvl-dist-index`: JSON with version, shard, bytes of the tar, samples, extensions.
+Its metadata has one entry, `qwenvl-dist-index`: JSON with version, shard, bytes of the tar, samples, extensions; for a
+shard of another program also `texts`, which says how its own members become messages (data/foreign.py).
 `manifest.json` names every shard with size, sha256 and count, and carries a fingerprint of them all.
 """
 
@@ -25,6 +26,7 @@ import tarfile
 import warnings
 import zlib
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field
 from io import BytesIO
 from pathlib import Path, PurePosixPath
@@ -36,6 +38,7 @@ from safetensors import SafetensorError
 from safetensors.numpy import load as load_columns
 from safetensors.numpy import save as save_columns
 
+from qwenvl_dist.data.foreign import TextForm
 from qwenvl_dist.data.storage import ByteSource, LocalStorage, Storage, StorageError, open_storage
 from qwenvl_dist.errors import UserError
 from qwenvl_dist.files import write_atomic
@@ -112,6 +115,7 @@ class ShardIndex:
     image_starts: np.ndarray
     image_sizes: np.ndarray
     caption_lengths: np.ndarray
+    texts: TextForm | None = None  # of a shard that another program wrote; None: `KEY.json` in our own form
 
     def __len__(self) -> int:
         return len(self.keys)
@@ -137,6 +141,8 @@ class ShardIndex:
         """Return the content of the index file; the same shard always gives the same bytes."""
         header = {"version": INDEX_VERSION, "shard": self.shard, "bytes": self.num_bytes}
         header |= {"samples": len(self), "extensions": self.extensions}
+        if self.texts is not None:
+            header["texts"] = self.texts.to_json()
         columns = {name: getattr(self, name).astype(kind) for name, (kind, _) in _COLUMNS.items()}
         columns["keys"] = np.frombuffer("\0".join(self.keys).encode(), np.uint8)
         # One entry only: safetensors writes the metadata in no fixed order.
@@ -205,6 +211,7 @@ def parse_shard_index(data: bytes, name: str) -> ShardIndex:
             num_bytes=int(header["bytes"]),
             keys=text.split("\0") if header["samples"] else [],
             extensions=[str(extension) for extension in header["extensions"]],
+            texts=TextForm.from_json(header["texts"]) if "texts" in header else None,
             **columns,
         )
         _check_columns(index, int(header["samples"]))
@@ -241,16 +248,22 @@ def _check_columns(index: ShardIndex, samples: int) -> None:
         raise ValueError(f"the unsafe key {unsafe[0]!r}")
 
 
-def build_shard_index(tar: Path, name: str | None = None) -> ShardIndex:
+def build_shard_index(tar: Path, name: str | None = None, texts: TextForm | None = None) -> ShardIndex:
     """Index a plain tar by reading it once. `UserError` when it is damaged or holds an unsafe name.
 
     Samples are grouped as webdataset does it: neighbours with one key. `name` is the shard's name when the
-    file still has another one.
+    file still has another one. With `texts` only pictures and the members that it reads are indexed, and what it leaves
+    out is not.
     """
     tar = Path(tar)
     records: list[dict[str, Any]] = []
+    left_out = set() if texts is None else set(texts.left_out)
     with tar.open("rb") as file:
         for key, extension, offset, size in _walk(file, tar):
+            if texts is not None:
+                if key in left_out or not (extension == texts.member or _IMAGE_MEMBER.fullmatch(extension)):
+                    continue
+                key = texts.key_prefix + key
             file.seek(offset)
             data = file.read(size)
             if not records or records[-1]["key"] != key:
@@ -261,14 +274,15 @@ def build_shard_index(tar: Path, name: str | None = None) -> ShardIndex:
                     f"{tar}: holds {key}.{extension} twice: a sample's members must differ; pack it again"
                 )
             record["members"][extension] = [offset, size, zlib.crc32(data)]
-            if extension in ("json", FEATURES_RECORD) or _IMAGE_MEMBER.fullmatch(extension):
+            kept = ("json", FEATURES_RECORD) if texts is None else (texts.member,)
+            if extension in kept or _IMAGE_MEMBER.fullmatch(extension):
                 record["contents"][extension] = data
             if len(records) > 1 and "contents" in records[-2]:
-                _describe(records[-2])
+                _describe(records[-2], texts)
         if records:
-            _describe(records[-1])
+            _describe(records[-1], texts)
         num_bytes = os.fstat(file.fileno()).st_size
-    return _index_from_records(name or tar.name, num_bytes, records)
+    return _index_from_records(name or tar.name, num_bytes, records, texts)
 
 
 def image_members(extensions: Iterable[str]) -> list[str]:
@@ -310,15 +324,32 @@ class ShardReader:
         return len(self.index)
 
     def read(self, i: int) -> RawSample:
-        """Return sample `i`; raise `BadSample` when a byte of it is missing or wrong."""
-        return RawSample(self.index.keys[i], self._read(i, self.index.members(i)))
+        """Return sample `i`, its text as `json` in our own form; raise `BadSample` when a byte is missing or wrong."""
+        members = self._read(i, self.index.members(i))
+        texts = self.index.texts
+        if texts is not None:
+            text = members.pop(texts.member, None)
+            members["json"] = self._convert(i, text, texts)
+        return RawSample(self.index.keys[i], members)
 
     def read_member(self, i: int, extension: str) -> bytes:
-        """Return one member of sample `i`; raise `BadSample` when a byte of it is missing or wrong."""
-        member = self.index.members(i).get(extension)
+        """Return one member of sample `i`, as `read` does; raise `BadSample` when a byte of it is missing or wrong."""
+        texts = self.index.texts if extension == "json" else None
+        stored = extension if texts is None else texts.member
+        member = self.index.members(i).get(stored)
         if member is None:
-            raise BadSample(self.index.shard, self.index.keys[i], f"{extension}: missing member")
-        return self._read(i, {extension: member})[extension]
+            raise BadSample(self.index.shard, self.index.keys[i], f"{stored}: missing member")
+        data = self._read(i, {stored: member})[stored]
+        return data if texts is None else self._convert(i, data, texts)
+
+    def _convert(self, i: int, text: bytes | None, texts: TextForm) -> bytes:
+        key = self.index.keys[i]
+        if text is None:
+            raise BadSample(self.index.shard, key, f"{texts.member}: missing member")
+        try:
+            return texts.to_sample_json(text, key, len(image_members(self.index.members(i))))
+        except ValueError as error:
+            raise BadSample(self.index.shard, key, f"{texts.member}: {error}") from None
 
     def _read(self, i: int, members: dict[str, Member]) -> dict[str, bytes]:
         found, fault = self._read_once(i, members)
@@ -379,6 +410,8 @@ class Manifest:
     packing: dict[str, Any] = field(default_factory=dict)  # how it was packed: for people
     # Of which tower and image settings the shards hold features instead of pictures; None: they hold pictures.
     features: dict[str, Any] | None = None
+    # How the text members of another program's shards become messages, as the command said it; None: they are ours.
+    texts: dict[str, Any] | None = None
 
     @property
     def samples(self) -> int:
@@ -392,10 +425,12 @@ class Manifest:
 
     @property
     def fingerprint(self) -> str:
-        """Return the sha256 over every shard's name, count and content, and over what features are bound to."""
+        """Return the sha256 over each shard's name, count and content, what features are bound to, how texts read."""
         content: list[Any] = [[shard.name, shard.samples, shard.sha256] for shard in self.shards]
         if self.features is not None:
             content.append(self.features)
+        if self.texts is not None:
+            content.append(self.texts)
         return hashlib.sha256(_compact(content).encode()).hexdigest()
 
     @classmethod
@@ -448,9 +483,12 @@ class Manifest:
                 )
                 for shard in content["shards"]
             ]
-            features = content.get("features")
+            features, texts = content.get("features"), content.get("texts")
             manifest = cls(
-                shards, dict(content.get("packing") or {}), None if features is None else dict(features)
+                shards,
+                dict(content.get("packing") or {}),
+                None if features is None else dict(features),
+                None if texts is None else dict(texts),
             )
             stored = (content["samples"], content["fingerprint"])
         except (ValueError, KeyError, TypeError) as error:
@@ -476,13 +514,13 @@ class Manifest:
 
     def to_json(self) -> dict[str, Any]:
         """Return the content of `manifest.json`."""
-        features = {} if self.features is None else {"features": self.features}
+        bound = {"features": self.features, "texts": self.texts}
         return {
             "format": MANIFEST_FORMAT,
             "version": MANIFEST_VERSION,
             "samples": self.samples,
             "fingerprint": self.fingerprint,
-            **features,
+            **{name: value for name, value in bound.items() if value is not None},
             "packing": self.packing,
             "shards": [shard.to_json() for shard in self.shards],
         }
@@ -567,9 +605,13 @@ def _only_zeros(file: Any, start: int) -> bool:
     return True
 
 
-def _describe(record: dict[str, Any]) -> None:
+def _describe(record: dict[str, Any], texts: TextForm | None) -> None:
     """Replace a record's contents by what batching needs to know of them."""
     contents = record.pop("contents")
+    if texts is not None:
+        text, num_images = contents.pop(texts.member, b""), len(image_members(contents))
+        with suppress(ValueError):
+            contents["json"] = texts.to_sample_json(text, record["key"], num_images)
     record["images"] = [list(_size_or_zero(contents[extension])) for extension in image_members(contents)]
     if FEATURES_RECORD in contents:
         record["images"] = _noted_sizes(contents[FEATURES_RECORD])
@@ -602,7 +644,9 @@ def _caption_length(data: bytes) -> int:
         return 0
 
 
-def _index_from_records(shard: str, num_bytes: int, records: list[dict[str, Any]]) -> ShardIndex:
+def _index_from_records(
+    shard: str, num_bytes: int, records: list[dict[str, Any]], texts: TextForm | None
+) -> ShardIndex:
     extension_ids: dict[str, int] = {}
     members = [member for record in records for member in record["members"].items()]
     ids = [extension_ids.setdefault(extension, len(extension_ids)) for extension, _ in members]
@@ -620,6 +664,7 @@ def _index_from_records(shard: str, num_bytes: int, records: list[dict[str, Any]
         image_starts=_starts(len(record["images"]) for record in records),
         image_sizes=np.array(images, dtype=np.int32).reshape(-1, 2),
         caption_lengths=np.array([record["caption_length"] for record in records], dtype=np.int32),
+        texts=texts,
     )
 
 

@@ -14,14 +14,14 @@ import itertools
 import os
 import time
 import zlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from qwenvl_dist.data.formats import SAFE_KEY, Sample
+from qwenvl_dist.data.formats import SAFE_KEY, Sample, SampleReader
 from qwenvl_dist.data.index import (
     MANIFEST_NAME,
     Manifest,
@@ -63,7 +63,7 @@ class PackReport:
 
 
 def pack(
-    samples: Iterable[Sample],
+    samples: Sequence[Sample] | SampleReader,
     out: str | Path,
     *,
     samples_per_shard: int = 1000,
@@ -74,6 +74,9 @@ def pack(
     advance: Callable[[int], None] = lambda n: None,
 ) -> PackReport:
     """Write `samples` as shards into `out`, a folder or URL; over a finished output do nothing.
+
+    A `SampleReader` looks at its whole input before anything is written, and then never holds more than a few shards'
+    samples in memory.
 
     With `part` (i, n) only the shards i, i + n, ... are written, and no manifest: n such calls, on any machines and at
     the same time, leave everything but the manifest, which a call without `part` then adds. It proves each shard.
@@ -104,16 +107,15 @@ def pack(
             f"{out}: is a file; --out must be a new folder or one that was packed from this input"
         )
     finished = Manifest.load(out) if (out / MANIFEST_NAME).exists() else None
-    tasks = _tasks(samples, out, samples_per_shard, skip_bad)
-    first = next(tasks, None)  # faults of the input come up before a folder is made
-    if first is None:
+    if not len(samples):  # faults of the input come up here, before a folder is made
         raise UserError(f"{out}: nothing to pack, the input holds no sample")
-    tasks = itertools.chain([first], tasks)
+    if not isinstance(samples, SampleReader):
+        _check_keys(samples)
     if finished is not None:
-        tasks = list(tasks)
-        skipped = _unchanged(finished, out, tasks)
+        num_shards = -(-len(samples) // samples_per_shard)
+        skipped = _unchanged(finished, num_shards, out, _tasks(samples, out, samples_per_shard, skip_bad))
         if skipped is not None:
-            advance(sum(len(task.samples) for task in tasks))
+            advance(len(samples))
             return PackReport(finished, 0, len(finished.shards), skipped)
     elif out.is_dir() and not (out / UNFINISHED_NAME).exists():
         others = sorted(path.name for path in out.iterdir())
@@ -124,6 +126,7 @@ def pack(
 
     out.mkdir(parents=True, exist_ok=True)
     _import_tar_writer()  # once, before the workers fork
+    tasks = _tasks(samples, out, samples_per_shard, skip_bad)
     if part is not None:
         return _pack_part(itertools.islice(tasks, part[0], None, part[1]), out, part, workers, advance)
     with locked(out / UNFINISHED_NAME):
@@ -223,32 +226,41 @@ class _BadPictureError(Exception):
 
 
 def _tasks(samples: Iterable[Sample], out: Path, samples_per_shard: int, skip_bad: bool) -> Iterator[_Task]:
-    seen: set[str] = set()
     samples = iter(samples)
     for number in itertools.count():
         chunk = list(itertools.islice(samples, samples_per_shard))
         if not chunk:
             return
-        for sample in chunk:
-            if not SAFE_KEY.fullmatch(sample.key):
-                raise UserError(
-                    f"the key {sample.key!r} is unsafe in a shard: letters, digits, '_' and '-' only, "
-                    "at most 80; rename it"
-                )
-            if sample.key in seen:
-                raise UserError(
-                    f"two samples have the key {sample.key!r}: keys must differ; drop or rename one"
-                )
-            seen.add(sample.key)
-        yield _Task(out / f"shard-{number:06d}.tar", chunk, skip_bad)
+        yield _Task(out / shard_name(number), chunk, skip_bad)
 
 
-def _unchanged(manifest: Manifest, out: Path, tasks: list[_Task]) -> list[Skipped] | None:
+def shard_name(number: int) -> str:
+    """Return the file name of the `number`-th shard."""
+    return f"shard-{number:06d}.tar"
+
+
+def _check_keys(samples: Sequence[Sample]) -> None:
+    """Raise UserError unless all keys are safe and differ, as those of readers are."""
+    seen: set[str] = set()
+    for sample in samples:
+        if not SAFE_KEY.fullmatch(sample.key):
+            raise UserError(
+                f"the key {sample.key!r} is unsafe in a shard: letters, digits, '_' and '-' only, "
+                "at most 80; rename it"
+            )
+        if sample.key in seen:
+            raise UserError(f"two samples have the key {sample.key!r}: keys must differ; drop or rename one")
+        seen.add(sample.key)
+
+
+def _unchanged(
+    manifest: Manifest, num_shards: int, out: Path, tasks: Iterable[_Task]
+) -> list[Skipped] | None:
     """Return what was skipped when a finished output is all there and made from this input.
 
     None when a part of it is missing, which can be packed again. `UserError` when it has another input.
     """
-    if [shard.name for shard in manifest.shards] != [task.tar.name for task in tasks]:
+    if [shard.name for shard in manifest.shards] != [shard_name(number) for number in range(num_shards)]:
         raise _other_input(out, f"{manifest.samples} samples in {len(manifest.shards)} shards")
     skipped = []
     for task in tasks:

@@ -27,7 +27,7 @@ Number = TypeVar("Number", int, Int64)
 
 _GOLDEN = 0x9E3779B97F4A7C15
 _MASK = (1 << 64) - 1
-_SHARD_STREAM, _WINDOW_STREAM = 1, 2
+_SHARD_STREAM, _WINDOW_STREAM, _DRAW_STREAM = 1, 2, 3
 _FEISTEL_ROUNDS = 6
 
 
@@ -169,6 +169,15 @@ class RunPlan:
         """Return the places of positions start .. start + count - 1; None where the run has ended."""
         pairs = zip(*self.find(np.arange(start, start + count, dtype=np.int64)), strict=True)
         return [Place(int(shard), int(sample)) if shard >= 0 else None for shard, sample in pairs]
+
+    def draw(self, position: int, place: Place, count: int) -> int:
+        """Return which of `count` alternatives the sample at `place` takes at this position.
+
+        Over the epochs each comes once before any comes again, in an order of the sample's own.
+        """
+        cycle, turn = divmod(position // self.samples_per_epoch, count)
+        key = hash_key(self._seed, _DRAW_STREAM, place.shard, place.sample, cycle)
+        return int(permute(np.array([turn]), np.array([count]), np.array([key], np.uint64))[0])
 
     def window(self, position: int) -> tuple[int, int]:
         """Return (epoch, window) of a position."""

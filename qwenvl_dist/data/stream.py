@@ -3,6 +3,7 @@
 Stages of the webdataset pipeline that each loader worker runs:
 1. PlannedSource   the plan's next samples, as verified bytes
 2. micro_batches   the samples of one at a time
+   CaptionDraw     one of a sample's captions, where the recipe wants that
 3. SampleEncoder   decode, resize, chat template, labels; a bad sample becomes a dummy in its slot
    _Collate        examples -> CaptionBatch
 4. BatchSlots      the batch -> memory shared with the training process
@@ -31,6 +32,7 @@ from webdataset.pipeline import DataPipeline
 
 from qwenvl_dist.data.batch import Adjustment, BadSampleRecord, CaptionBatch, Example, collate
 from qwenvl_dist.data.chat import IGNORE, ChatEncoder, EncodedChat, Grid, TooLong, image_tokens
+from qwenvl_dist.data.draw import CaptionDraw
 from qwenvl_dist.data.features import read_features
 from qwenvl_dist.data.formats import parse_sample_json
 from qwenvl_dist.data.images import decode, resize
@@ -250,12 +252,15 @@ class CaptionStream:
         timeout_seconds: float = 0,
         length_grouping: bool = False,
         visual_token_budget: int | None = None,
+        drawn_caption_mark: str | None = None,
     ) -> None:
         self.shards, self.plan, self.layout, self.encoder = shards, plan, layout, encoder
         self.rank, self.workers, self.timeout_seconds = rank, workers, timeout_seconds
         self.visual_token_budget = (
             visual_token_budget  # of a micro-batch, which then holds any number of samples
         )
+        # What separates captions of which each epoch takes one; None takes the text as it is.
+        self.draw = None if drawn_caption_mark is None else CaptionDraw(plan, drawn_caption_mark)
         self.lengths = None
         if length_grouping:
             rule = encoder.size_rule
@@ -280,6 +285,7 @@ class CaptionStream:
         stages: list[Any] = [
             source,
             _micro_batches,
+            *([] if self.draw is None else [filters.map(self.draw, handler=handlers.reraise_exception)]),
             filters.map(self.encoder, handler=handlers.reraise_exception),
             filters.map(_Collate(self.encoder), handler=handlers.reraise_exception),
         ]

@@ -18,6 +18,7 @@ import numpy as np
 from PIL import Image
 
 from qwenvl_dist.data.features import read_features
+from qwenvl_dist.data.foreign import texts_of_shard
 from qwenvl_dist.data.formats import parse_sample_json
 from qwenvl_dist.data.index import (
     FEATURES,
@@ -98,8 +99,11 @@ def verify(
         named = {entry.name for entry in manifest.shards}
         faults += [Fault(name, None, "not in the manifest") for name in tars if name not in named]
 
+    texts = None if manifest is None else manifest.texts
     findings: list[_Findings] = []
-    for finding in map_in_order(partial(_verify_shard, storage), tasks, min(workers, max(1, len(tasks)))):
+    for finding in map_in_order(
+        partial(_verify_shard, storage, texts), tasks, min(workers, max(1, len(tasks)))
+    ):
         findings.append(finding)
         advance(finding.samples)
     faults += [fault for finding in findings for fault in finding.faults]
@@ -135,16 +139,21 @@ def _on_disk(storage: Storage, name: str) -> Iterator[Path]:
         yield tar
 
 
-def verify_shard(storage: Storage, entry: ShardEntry) -> list[Fault]:
-    """Return the faults of one shard of a manifest. A remote one is fetched to the folder for temporary files."""
-    return _verify_shard(storage, (entry.name, entry)).faults
+def verify_shard(storage: Storage, entry: ShardEntry, texts: dict[str, Any] | None = None) -> list[Fault]:
+    """Return the faults of one shard of a manifest, whose `texts` these are.
+
+    A remote one is fetched to the folder for temporary files.
+    """
+    return _verify_shard(storage, texts, (entry.name, entry)).faults
 
 
-def _verify_shard(storage: Storage, task: tuple[str, ShardEntry | None]) -> _Findings:
+def _verify_shard(
+    storage: Storage, texts: dict[str, Any] | None, task: tuple[str, ShardEntry | None]
+) -> _Findings:
     name, entry = task
     try:
         with _on_disk(storage, name) as tar:
-            index, faults = _check_shard(tar, entry)
+            index, faults = _check_shard(tar, entry, texts)
     except OSError as error:
         index, faults = None, [Fault(name, None, f"cannot be read ({error.strerror or error})")]
     keys = index.keys if index is not None else []
@@ -152,8 +161,10 @@ def _verify_shard(storage: Storage, task: tuple[str, ShardEntry | None]) -> _Fin
     return _Findings(name, samples, _hashes(keys), faults)
 
 
-def _check_shard(tar: Path, entry: ShardEntry | None) -> tuple[ShardIndex | None, list[Fault]]:
-    """Return the best index to be had, and the faults. `entry` is the manifest's, if there is one."""
+def _check_shard(
+    tar: Path, entry: ShardEntry | None, texts: dict[str, Any] | None
+) -> tuple[ShardIndex | None, list[Fault]]:
+    """Return the best index to be had, and the faults. `entry` and `texts` are the manifest's, if there is one."""
     name = tar.name
     stored, index_fault = _stored_index(tar, entry)
     if not tar.exists():
@@ -161,7 +172,8 @@ def _check_shard(tar: Path, entry: ShardEntry | None) -> tuple[ShardIndex | None
         keys = (stored.keys if stored is not None else []) or [None]
         return stored, faults + [Fault(name, key, "missing shard file") for key in keys]
     try:
-        rebuilt, tar_fault = build_shard_index(tar), None
+        form = stored.texts if stored is not None else texts_of_shard(texts, name)
+        rebuilt, tar_fault = build_shard_index(tar, texts=form), None
     except UserError as error:
         rebuilt, tar_fault = None, str(error).replace(str(tar), name)
 
@@ -234,7 +246,8 @@ def _check_samples(tar: Path, index: ShardIndex, thorough: bool) -> Iterator[Fau
             if thorough:
                 for extension, member in index.members(i).items():
                     if not any(reason.startswith(f"{extension}:") for reason in reasons):
-                        reasons += _check_frame(file.fileno(), key, extension, member)
+                        stored_key = key if index.texts is None else key.removeprefix(index.texts.key_prefix)
+                        reasons += _check_frame(file.fileno(), stored_key, extension, member)
             if reasons:
                 yield Fault(tar.name, key, "; ".join(reasons))
     reader.close()

@@ -62,8 +62,10 @@ def sampled_shards(context: Context) -> Verdict:
     chosen = np.unique(np.linspace(0, len(filled) - 1, wanted).astype(int))
     mine = chosen[context.host.rank :: context.host.world_size]
     entries = [filled[number] for number in mine.tolist()]
-    storage = context.shards.storage
-    parts = context.of_all(lambda: [fault for entry in entries for fault in verify_shard(storage, entry)])
+    storage, texts = context.shards.storage, manifest.texts
+    parts = context.of_all(
+        lambda: [fault for entry in entries for fault in verify_shard(storage, entry, texts)]
+    )
     faults = [fault for part in parts for fault in part]
     looked = sum(filled[number].samples for number in chosen.tolist())
     shown = f"{len(chosen)} of {len(filled)} shards, {looked:,} samples"

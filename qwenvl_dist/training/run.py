@@ -112,6 +112,7 @@ def open_streams(
         "timeout_seconds": train_config.timeout_seconds,
         "length_grouping": data.length_grouping,
         "visual_token_budget": data.micro_batch_visual_tokens,
+        "drawn_caption_mark": data.caption_mark if data.captions_mode == "sample" else None,
     }
     batches = CaptionStream(shards, plan, layout, encoder, **options)
     identity = DataIdentity(

@@ -1,0 +1,73 @@
+"""A CSV of pictures and captions: ModelScope's coco_2014_caption as the article saves it.
+
+image_path,caption
+coco_2014_caption/391895.jpg,A man with a red helmet on a moped.&&Man riding a motor bike.
+"""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Iterator
+from typing import Any
+
+from qwenvl_dist.data.formats.annotations import Record
+from qwenvl_dist.data.formats.reader import Draft, FileReader, id_of_stem, stem_of
+from qwenvl_dist.data.formats.sample import caption_messages
+from qwenvl_dist.data.formats.turns import FormatError
+from qwenvl_dist.errors import UserError
+
+IMAGE_COLUMN, TEXT_COLUMN = "image_path", "caption"
+MAX_FIELD_CHARACTERS = 1 << 24  # a quote that nothing closes must not read the rest of the file into memory
+
+
+class CsvReader(FileReader):
+    """One row, one picture."""
+
+    source = "csv"
+    kind = "a CSV file with a header line"
+
+    def _records(self) -> Iterator[Record]:
+        before = csv.field_size_limit(MAX_FIELD_CHARACTERS)
+        rows = csv.reader((line for _, line in self.file.lines()), strict=True)
+        try:
+            header = next(rows, [])
+            image, text = (self._column(header, *names) for names in (
+                ("--image-column", self.given.image_column, IMAGE_COLUMN),
+                ("--text-column", self.given.text_column, TEXT_COLUMN),
+            ))  # fmt: skip
+            begins = rows.line_num + 1
+            for row in rows:
+                where = f"{self.file}: line {begins}"
+                begins = rows.line_num + 1
+                if not row:
+                    continue
+                if len(row) != len(header):
+                    raise UserError(
+                        f"{where} has {len(row)} fields, the header has {len(header)}: "
+                        "put texts that hold commas in double quotes"
+                    )
+                yield Record(where, (row[image], row[text]))
+        except csv.Error as error:
+            raise UserError(
+                f"{self.file}: line {rows.line_num}: not CSV ({error}); --input must be {self.kind}"
+            ) from None
+        finally:
+            csv.field_size_limit(before)
+
+    def _column(self, header: list[str], option: str, given: str | None, usual: str) -> int:
+        name = usual if given is None else given
+        if header.count(name) != 1:
+            raise UserError(
+                f"{self.file}: line 1: the header {','.join(header)[:80]!r} has {header.count(name)} columns {name!r}, "
+                f"it must have one; name another with {option}"
+            )
+        return header.index(name)
+
+    def _draft(self, value: Any) -> Draft:
+        path, text = value
+        if not path.strip():
+            raise FormatError("names no picture: fill in its path, or drop the line")
+        images = [self.pictures.find(path)]
+        stem = stem_of(images[0])
+        image_id = None if stem is None else id_of_stem(stem)
+        return Draft(caption_messages(self.rules.prompt, self.rules.caption(text)), images, image_id=image_id)
