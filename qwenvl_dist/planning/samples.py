@@ -16,12 +16,14 @@ from qwenvl_dist.data.plan import RunPlan, StepLayout, deal_by_budget, deal_by_l
 from qwenvl_dist.data.sizes import CHARACTERS_PER_TOKEN, ImageSizeRule, estimated_tokens
 from qwenvl_dist.data.storage import ReadPolicy, StorageError, open_storage
 from qwenvl_dist.errors import UserError
+from qwenvl_dist.logs import get_logger
 from qwenvl_dist.planning.activations import PATCHES_PER_TOKEN, MicroBatch
 
 if TYPE_CHECKING:
     from qwenvl_dist.config import DataConfig, Recipe
 
 Int64 = NDArray[np.int64]
+log = get_logger(__name__)
 
 SHARDS_READ = 64  # indexes, spread over the data set: enough for its distribution
 POSITIONS_WALKED = 40_000  # samples whose micro-batches are looked at
@@ -86,15 +88,21 @@ def look_at(recipe: Recipe, world_size: int) -> tuple[DataFacts, Samples]:
     if not manifest.samples:
         raise UserError(f"data.train = {data.train}: holds no samples; pack some first")
     chosen = chosen_shards(manifest)
-    try:
-        indexes = [
-            read_shard_index(storage, manifest.shards[n].name, manifest.shards[n].index_sha256)
-            for n in chosen
-        ]
-    except StorageError as error:
-        raise UserError(f"data.train = {data.train}: an index cannot be read ({error})") from error
-    except OSError as error:
-        raise UserError(f"data.train = {data.train}: an index cannot be read ({error.strerror})") from error
+    indexes, failures = [], []
+    for number in chosen:
+        shard = manifest.shards[number]
+        try:
+            indexes.append(read_shard_index(storage, shard.name, shard.index_sha256))
+        except StorageError as error:
+            failures.append(f"{shard.name}: its index cannot be read ({error})")
+        except OSError as error:
+            failures.append(f"{shard.name}: its index cannot be read ({error.strerror})")
+        except UserError as error:
+            failures.append(str(error))
+    if not indexes:
+        raise UserError(f"data.train = {data.train}: {failures[0]}")
+    if failures:  # a run leaves out the samples of such a shard, too
+        log.warning("left out of the estimate: %d indexes, such as %s", len(failures), failures[0])
     samples = _describe(data, indexes)
     accumulation = recipe.grad_accum_steps(world_size)
     layout = StepLayout(world_size, data.micro_batch_size, accumulation)
@@ -107,7 +115,7 @@ def look_at(recipe: Recipe, world_size: int) -> tuple[DataFacts, Samples]:
     return DataFacts(
         samples=manifest.samples,
         shards=len(manifest.shards),
-        shards_read=len(chosen),
+        shards_read=len(indexes),
         has_features=manifest.features is not None,
         text_only_share=float(np.mean(samples.visual[real] == 0)),
         global_batch_size=layout.global_batch_size,

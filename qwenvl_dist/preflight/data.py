@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
@@ -84,10 +85,11 @@ def sampled_shards(context: Context) -> Verdict:
 
 
 def _indexes(context: Context) -> Iterator[tuple[str, ShardIndex]]:
-    """Yield the names and indexes that the plan reads too."""
+    """Yield the names and indexes that the plan reads too, without those that cannot be read: a run goes on then."""
     shards = context.shards
     for number in chosen_shards(shards.manifest):
-        yield shards.manifest.shards[number].name, shards.index(number)
+        with contextlib.suppress(UserError, OSError):  # `sampled_shards` tells of damage
+            yield shards.manifest.shards[number].name, shards.index(number)
 
 
 def _rule(context: Context) -> ImageSizeRule:
@@ -102,6 +104,10 @@ def _tokens(context: Context) -> tuple[NDArray[np.int64], list[tuple[str, ShardI
     """Return (samples, 2) visual and text tokens of the samples of the indexes."""
     rule = _rule(context)
     found = list(_indexes(context))
+    if not found:
+        raise UserError(
+            f"data.train = {context.recipe.data.train}: no index of it can be read; copy the data again, or pack it again"
+        )
     tokens = [estimated_tokens(index, rule.visual_tokens, rule.max_visual_tokens) for _, index in found]
     return np.concatenate(tokens), found
 

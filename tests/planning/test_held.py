@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import yaml
 
@@ -14,6 +15,7 @@ from tests.planning.test_plan import recipe_of
 from tests.ranks import command, run_ranks
 
 PROMISED = 0.02
+NEEDED_BYTES = {"small": 4 << 30, "trunc2b": 14 << 30}
 FULL = {"lora": None, "model": {"train": ["language"]}}
 DEFAULT: dict[str, Any] = {}
 FILES = {1: "zero2.json", 2: "zero2.json", 3: "zero3.json"}
@@ -84,18 +86,26 @@ def test_a_rank_holds_what_is_said(
     compare(recipes, world_size, tmp_path, timeout=240)
 
 
+@pytest.fixture(scope="module", params=["small", "trunc2b"])
+def larger_base(request: pytest.FixtureRequest, shared_data: Path, tmp_path_factory: Any) -> Path:
+    """Bases of 50 and 550 million parameters."""
+    if psutil.virtual_memory().available < NEEDED_BYTES[request.param]:
+        pytest.skip("four ranks of this base need more memory than there is")
+    base = tmp_path_factory.mktemp("larger") / request.param
+    text = shared_data / "qwen2vl" / "Qwen2-VL-7B-Instruct"
+    command("synthetic", "base", "--out", base, "--shape", request.param, "--text-files", text)
+    return base
+
+
 @pytest.mark.parametrize("world_size", [1, 2, 4])
-@pytest.mark.parametrize("name", ["tiny", "small", "trunc2b"])
 @pytest.mark.slow
 def test_a_rank_of_larger_bases_holds_what_is_said(
-    shared_data: Path, photo_shards: Path, tmp_path: Path, name: str, world_size: int
+    larger_base: Path, photo_shards: Path, tmp_path: Path, world_size: int
 ) -> None:
-    base = tmp_path / "base"
-    text = shared_data / "qwen2vl" / "Qwen2-VL-7B-Instruct"
-    command("synthetic", "base", "--out", base, "--shape", name, "--text-files", text)
+    name = larger_base.name
     model = {"dtype": "float32"}  # a CPU that lacks products of bfloat16 takes minutes for 152k words
     recipes = [
-        write_recipe(tmp_path / "runs", f"{name}-zero{stage}", base, photo_shards, stage, model=model)
+        write_recipe(tmp_path, f"{name}-zero{stage}", larger_base, photo_shards, stage, model=model)
         for stage in (1, 2, 3)
     ]
-    compare(recipes, world_size, tmp_path / "runs", timeout=900)
+    compare(recipes, world_size, tmp_path, timeout=500)

@@ -211,11 +211,19 @@ def test_features_in_the_shards_let_the_tower_rest(
     assert with_pictures.arithmetic.flops_per_step > without.arithmetic.flops_per_step
 
 
-def test_a_missing_index_is_told_in_one_line(scenes_base: Path, scene_shards: Path, tmp_path: Path) -> None:
+def test_what_has_no_index_is_left_out_of_the_estimate_and_told(
+    scenes_base: Path, scene_shards: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
     import shutil
 
     copy = Path(shutil.copytree(scene_shards, tmp_path / "shards"))
-    next(copy.glob("*.idx")).unlink()
+    first, *others = sorted(copy.glob("*.idx"))
+    first.unlink()
+    assert plan(recipe_of(scenes_base, copy), 1).data.shards_read == 3
+    said = capfd.readouterr().err
+    assert "left out of the estimate: 1 indexes, such as" in said and "shard-000000" in said
+    for path in others:
+        path.unlink()
     with pytest.raises(UserError, match="index is missing: pack again"):
         plan(recipe_of(scenes_base, copy), 1)
 

@@ -89,7 +89,7 @@ def test_losses_fall(runs) -> None:
 def test_the_first_line_of_a_run_says_what_its_start_took(runs) -> None:
     first, *others = read_lines(runs("one-rank-zero2") / "metrics.jsonl")
     seconds = first["startup_seconds"]
-    parts = {"imports", "join", "data", "model", "zero", "resume", "first_batch", "first_step"}
+    parts = {"imports", "join", "preflight", "data", "model", "zero", "resume", "first_batch", "first_step"}
     assert set(seconds) == parts | {"total"}
     assert all(seconds[part] > 0 for part in parts)
     assert seconds["total"] == pytest.approx(sum(seconds[part] for part in parts))
