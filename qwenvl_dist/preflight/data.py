@@ -106,7 +106,7 @@ def _tokens(context: Context) -> tuple[NDArray[np.int64], list[tuple[str, ShardI
     found = list(_indexes(context))
     if not found:
         raise UserError(
-            f"data.train = {context.recipe.data.train}: no index of it can be read; copy the data again, or pack it again"
+            f"data.train = {context.recipe.data.train}: no index of it can be read; copy or pack the data again"
         )
     tokens = [estimated_tokens(index, rule.visual_tokens, rule.max_visual_tokens) for _, index in found]
     return np.concatenate(tokens), found
