@@ -112,6 +112,13 @@ def test_with_152k_words_too(tiny_base: Path, monkeypatch: pytest.MonkeyPatch) -
     compare(Case(tiny_base, "tiny", 2, LoraConfig(), config), monkeypatch, "tiny ZeRO-2")
 
 
+@pytest.mark.slow
+def test_in_real_proportions_too(larger_base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = ModelConfig(dtype="float32", attention="sdpa")
+    case = Case(larger_base, larger_base.name, 2, LoraConfig(), config)
+    compare(case, monkeypatch, f"{larger_base.name} ZeRO-2", SIZES[::2])
+
+
 def test_without_dropout_and_with_few_targets(scenes_base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     lora = LoraConfig(rank=32, dropout=0.0, target_modules=("q_proj", "up_proj"))
     config = ModelConfig(dtype="bfloat16", attention="sdpa")

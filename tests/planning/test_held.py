@@ -4,7 +4,6 @@ import json
 from pathlib import Path
 from typing import Any
 
-import psutil
 import pytest
 import yaml
 
@@ -12,10 +11,9 @@ from qwenvl_dist.distributed import read_deepspeed_file, shipped_deepspeed_confi
 from qwenvl_dist.planning.shapes import parameters_of, read_config, shape_of
 from qwenvl_dist.planning.zero import ZeroSettings, rank_states
 from tests.planning.test_plan import recipe_of
-from tests.ranks import command, run_ranks
+from tests.ranks import run_ranks
 
 PROMISED = 0.02
-NEEDED_BYTES = {"small": 4 << 30, "trunc2b": 14 << 30}
 FULL = {"lora": None, "model": {"train": ["language"]}}
 DEFAULT: dict[str, Any] = {}
 FILES = {1: "zero2.json", 2: "zero2.json", 3: "zero3.json"}
@@ -84,17 +82,6 @@ def test_a_rank_holds_what_is_said(
         }.items()
     ]
     compare(recipes, world_size, tmp_path, timeout=240)
-
-
-@pytest.fixture(scope="module", params=["small", "trunc2b"])
-def larger_base(request: pytest.FixtureRequest, shared_data: Path, tmp_path_factory: Any) -> Path:
-    """Bases of 50 and 550 million parameters."""
-    if psutil.virtual_memory().available < NEEDED_BYTES[request.param]:
-        pytest.skip("four ranks of this base need more memory than there is")
-    base = tmp_path_factory.mktemp("larger") / request.param
-    text = shared_data / "qwen2vl" / "Qwen2-VL-7B-Instruct"
-    command("synthetic", "base", "--out", base, "--shape", request.param, "--text-files", text)
-    return base
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 4])
