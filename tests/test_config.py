@@ -105,7 +105,7 @@ def test_wrong_data_value_is_one_line_with_key_value_rule_and_remedy(tmp_path: P
         (DATA + "zzz: 1", "unknown key 'zzz'; known keys: model, lora, data, optim, train, eval, deepspeed, tracking"),
         ("data: {train: x, image_size: {min_pixel: 1}}", "'data.image_size.min_pixel'; did you mean 'min_pixels'?"),
         ("data: {train: x, int: 1}", "unknown key 'data.int'; "),
-        ("data: {train: x, 1: 2}", "unknown key 'data.1'; known keys: train, validation, image_size"),
+        ("data: {train: x, 1: 2}", "unknown key 'data.1'; known keys: train, mixture, validation, image_size"),
         (DATA + "lora: {rank: 0, rnak: 8}", "unknown key 'lora.rnak'; did you mean 'rank'?"),
     ],
 )  # fmt: skip
@@ -228,7 +228,7 @@ def test_defaults_are_the_articles_run(tmp_path: Path) -> None:
         "q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj",
     )  # fmt: skip
     assert recipe.to_dict()["data"] == {
-        "train": "shards", "validation": None, "image_size": 280, "resize": "fast",
+        "train": "shards", "mixture": [], "validation": None, "image_size": 280, "resize": "fast",
             "captions_mode": "join", "caption_mark": "&&", "max_length": 8192,
         "over_length": "cut", "max_visual_tokens": None, "micro_batch_visual_tokens": None,
         "micro_batch_size": 4, "workers": 2, "seed": 0, "shuffle_window": 64,

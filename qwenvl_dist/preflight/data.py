@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
+from qwenvl_dist.data.mixture import samples_per_epoch
 from qwenvl_dist.data.sizes import ImageSizeRule, estimated_tokens
 from qwenvl_dist.data.verify import verify_shard
 from qwenvl_dist.errors import UserError
@@ -37,44 +38,49 @@ def manifests(context: Context) -> Verdict:
 def _manifests(context: Context) -> dict[str, tuple[str, str]]:
     """Return (fingerprint, description) of each data set that the recipe names."""
     data = context.recipe.data
-    found = {}
-    for key, place in (("data.train", data.train), ("data.validation", data.validation)):
-        if not place:
-            continue
+    parts = context.shards.parts
+    counts = samples_per_epoch(data, [part.manifest.samples for part in parts])
+    named = list(zip([each.key for each in data.training_sets], parts, counts, strict=True))
+    if data.validation:
         try:
-            manifest = (context.shards if key == "data.train" else context.open_shards(place)).manifest
+            held_out = context.open_shards(data.validation)
         except UserError as error:
-            raise UserError(f"{key}: {error}") from error
-        if not manifest.samples:
-            raise UserError(f"{key} = {place}: holds no samples; pack some first")
-        found[key] = (
-            manifest.fingerprint,
-            f"{manifest.samples:,} samples in {len(manifest.shards):,} shards",
-        )
+            raise UserError(f"data.validation: {error}") from error
+        if not held_out.manifest.samples:
+            raise UserError(f"data.validation = {data.validation}: holds no samples; pack some first")
+        named.append(("data.validation", held_out, held_out.manifest.samples))
+    found = {}
+    for key, part, count in named:
+        manifest = part.manifest
+        shown = f"{manifest.samples:,} samples in {len(manifest.shards):,} shards"
+        if key.startswith("data.mixture"):
+            shown += f" ({count:,} an epoch)"
+        found[key] = (manifest.fingerprint, shown)
     return found
 
 
 def sampled_shards(context: Context) -> Verdict:
     """Some shards, other ones on each rank, hold what the manifest says, byte for byte."""
-    manifest = context.shards.manifest
-    filled = [entry for entry in manifest.shards if entry.samples]
+    shards = context.shards
+    filled = [number for number, entry in enumerate(shards.manifest.shards) if entry.samples]
     wanted = context.sampled_shards * context.host.world_size
     chosen = np.unique(np.linspace(0, len(filled) - 1, wanted).astype(int))
     mine = chosen[context.host.rank :: context.host.world_size]
-    entries = [filled[number] for number in mine.tolist()]
-    storage = context.shards.storage
-    parts = context.of_all(lambda: [fault for entry in entries for fault in verify_shard(storage, entry)])
-    faults = [fault for part in parts for fault in part]
-    looked = sum(filled[number].samples for number in chosen.tolist())
+    numbers = [filled[number] for number in mine.tolist()]
+    parts = context.of_all(
+        lambda: [(number, fault) for number in numbers for fault in verify_shard(*shards.stored(number))]
+    )
+    faulty = [found for part in parts for found in part]
+    faults = [fault for _, fault in faulty]
+    looked = sum(shards.manifest.shards[filled[number]].samples for number in chosen.tolist())
     shown = f"{len(chosen)} of {len(filled)} shards, {looked:,} samples"
     if not faults:
         return ok(shown)
-    first = faults[0]
-    where = first.shard if first.key is None else f"{first.key} in {first.shard}"
+    number, first = faulty[0]
+    shard = shards.manifest.shards[number].name
+    where = shard if first.key is None else f"{first.key} in {shard}"
     shown += f": {len(faults)} faults, such as {where}: {first.reason}"
-    remedy = (
-        f"qwenvl-dist shards verify {context.recipe.data.train} names all; copy or pack these shards again"
-    )
+    remedy = f"qwenvl-dist shards verify {shards.stored(number)[0].location} names all; copy or pack these shards again"
     whole = [fault for fault in faults if fault.key is None]
     if whole or len(faults) > context.recipe.data.bad_sample_budget * looked:
         return fail(shown, remedy)
@@ -84,7 +90,7 @@ def sampled_shards(context: Context) -> Verdict:
 def _indexes(context: Context) -> Iterator[tuple[str, ShardIndex]]:
     """Yield the names and indexes that the plan reads too."""
     shards = context.shards
-    for number in chosen_shards(shards.manifest):
+    for number in chosen_shards([part.manifest for part in shards.parts]):
         yield shards.manifest.shards[number].name, shards.index(number)
 
 
