@@ -135,8 +135,8 @@ OverLength = Literal["cut", "drop", "shrink"]
 class SourceConfig(_Section):
     """One data set of a mixture, and how much of an epoch it is."""
 
-    name: str  # the last part of `train` where the recipe gives none
-    train: Annotated[str, Field(min_length=1)]  # folder or URL of shards with manifest.json
+    train: str = ""  # folder or URL of shards with manifest.json
+    name: str = ""  # the last part of `train` where the recipe gives none
     epochs: Annotated[float, Field(gt=0)] | None = None  # passes over it in an epoch of the run
     weight: Annotated[float, Field(gt=0)] | None = (
         None  # its share of an epoch's samples, beside other weights
@@ -145,8 +145,15 @@ class SourceConfig(_Section):
     @model_validator(mode="before")
     @classmethod
     def _named_after_its_folder(cls, value: Any) -> Any:
-        if isinstance(value, dict) and value.get("name") is None and isinstance(value.get("train"), str):
-            return {**value, "name": PurePosixPath(urlsplit(value["train"]).path).name}
+        if not isinstance(value, dict):
+            return value
+        place = value.get("train")
+        if place in (None, ""):
+            raise ValueError(
+                "names no shards: give the entry `train`, a folder or URL of what `shards pack` wrote"
+            )
+        if value.get("name") is None and isinstance(place, str):
+            return {**value, "name": PurePosixPath(urlsplit(place).path).name}
         return value
 
     @field_validator("name")

@@ -81,6 +81,16 @@ DATA_FAULTS = {
     "bad_sample_budget: 2": "data.bad_sample_budget = 2: must be at most 1; or leave bad_sample_budget out for 0.001",
     "ledger: 3": "data.ledger = 3: must be true or false; or leave ledger out for false",
     "train: 7": "data.train = 7: must be text",
+    "mixture: [{train: a/x}]": "x has neither epochs nor weight: say one of them",
+    "mixture: [{train: a/x, epochs: 1, weight: 2}]": "x has both epochs = 1 and weight = 2: say one of them",
+    "mixture: [{train: a/x, epochs: 1}, {train: b/x/, epochs: 1}]": "2 entries are named x; give each",
+    "mixture: [{train: a, epochs: 1}, {train: b, weight: 1}]": "b has a weight and a has epochs: all entries must",
+    "mixture: [{train: a, epochs: 0}]": "data.mixture.0.epochs = 0: must be above 0",
+    "mixture: [{train: a, epoch: 1}]": "unknown key 'data.mixture.0.epoch'; did you mean 'epochs'?",
+    "mixture: [{epochs: 1, name: a}]": 'data.mixture.0 = {"epochs": 1, "name": "a"}: names no shards: give the entry',
+    "mixture: [{train: 7, epochs: 1}]": "data.mixture.0.train = 7: must be text",
+    "mixture: [{train: 'http://host/a b/', epochs: 1}]": 'data.mixture.0.name = "a b": must be letters, digits',
+    "mixture: [{train: a, epochs: 1}]": "data.train is shards and data.mixture has 1 entries: a run takes one",
     "train: ''": "data.train is missing: name a folder made by `qwenvl-dist shards pack`",
 }  # fmt: skip
 

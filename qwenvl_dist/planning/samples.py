@@ -92,10 +92,11 @@ def look_at(recipe: Recipe, world_size: int) -> tuple[DataFacts, Samples]:
     data, train = recipe.data, recipe.train
     manifests, indexes = _read(data)
     counts = samples_per_epoch(data, [manifest.samples for manifest in manifests])
-    samples = _describe(data, [index for part in indexes for index in part], _weights(counts, indexes))
+    sizes = [np.array([len(index) for index in part], np.int64) for part in indexes]
+    weights = sample_weights(counts, [int(part.sum()) for part in sizes])
+    samples = _describe(data, [index for part in indexes for index in part], weights)
     accumulation = recipe.grad_accum_steps(world_size)
     layout = StepLayout(world_size, data.micro_batch_size, accumulation)
-    sizes = [np.array([len(index) for index in part], np.int64) for part in indexes]
     padding, largest = _micro_batches(data, samples, make_plan(data, sizes, counts), layout)
     epoch = sum(counts)
     total = epoch * train.epochs
@@ -168,9 +169,8 @@ def chosen_shards(manifests: Sequence[Manifest]) -> list[int]:
     return chosen
 
 
-def _weights(counts: Sequence[int], indexes: Sequence[Sequence[ShardIndex]]) -> NDArray[np.float64]:
-    """Return of each sample that was read how many of an epoch's it stands for."""
-    read = [sum(len(index) for index in part) for part in indexes]
+def sample_weights(counts: Sequence[int], read: Sequence[int]) -> NDArray[np.float64]:
+    """Return of each sample that was read, so many of each training set, how many of an epoch's it stands for."""
     return np.repeat(np.array(counts) / np.array(read), read)
 
 

@@ -12,7 +12,7 @@ from qwenvl_dist.data.mixture import samples_per_epoch
 from qwenvl_dist.data.sizes import ImageSizeRule, estimated_tokens
 from qwenvl_dist.data.verify import verify_shard
 from qwenvl_dist.errors import UserError
-from qwenvl_dist.planning.samples import CHAT_TOKENS, PICTURE_TOKENS, chosen_shards
+from qwenvl_dist.planning.samples import CHAT_TOKENS, PICTURE_TOKENS, chosen_shards, sample_weights
 from qwenvl_dist.preflight.checks import Context, Verdict, fail, ok, warn
 
 if TYPE_CHECKING:
@@ -110,6 +110,18 @@ def _tokens(context: Context) -> tuple[NDArray[np.int64], list[tuple[str, ShardI
     return np.concatenate(tokens), found
 
 
+def _share(context: Context, are: NDArray[np.bool_]) -> float:
+    """Return the share of an epoch's samples of which something is true, by the rows of `_tokens`."""
+    parts = [part.manifest for part in context.shards.parts]
+    sizes = np.concatenate([manifest.shard_sizes for manifest in parts])
+    owners = np.repeat(np.arange(len(parts)), [len(manifest.shards) for manifest in parts])
+    chosen = chosen_shards(parts)
+    read = np.zeros(len(parts), np.int64)
+    np.add.at(read, owners[chosen], sizes[chosen])
+    counts = samples_per_epoch(context.recipe.data, [manifest.samples for manifest in parts])
+    return float(np.average(are, weights=sample_weights(counts, read.tolist())))
+
+
 def _place(row: int, indexes: list[tuple[str, ShardIndex]]) -> tuple[str, str, ShardIndex, int]:
     """Return (shard, key, index, number in it) of a row of `_tokens`."""
     for shard, index in indexes:
@@ -128,7 +140,7 @@ def lengths(context: Context) -> Verdict:
     if data.over_length == "shrink":
         hopeless = frame + tokens[:, 1] >= data.max_length
     too_long = tokens.sum(axis=1) + frame > data.max_length
-    share = float(np.mean(hopeless))
+    share = _share(context, hopeless)
     longest = int(tokens.sum(axis=1).max()) + frame
     shown = f"longest about {longest} tokens of data.max_length = {data.max_length}"
     if hopeless.any():
@@ -142,10 +154,11 @@ def lengths(context: Context) -> Verdict:
         if data.over_length != "drop" and share > data.bad_sample_budget:
             return fail(value, remedy)  # visual tokens are never cut: each would be a bad sample
         return warn(value, remedy)
-    if float(np.mean(too_long)) > MUCH_CUT:
+    long_share = _share(context, too_long)
+    if long_share > MUCH_CUT:
         did = {"cut": "lose the end of the caption", "shrink": "get smaller pictures", "drop": "are left out"}
         return warn(
-            f"{shown}; {np.mean(too_long):.1%} of samples {did[data.over_length]}",
+            f"{shown}; {long_share:.1%} of samples {did[data.over_length]}",
             "raise data.max_length, or let pictures be smaller: data.image_size, data.max_visual_tokens",
         )
     return ok(shown)
@@ -154,7 +167,7 @@ def lengths(context: Context) -> Verdict:
 def text_only(context: Context) -> Verdict:
     """How many samples have no picture; every rank runs the vision tower all the same."""
     tokens, _ = _tokens(context)
-    share = float(np.mean(tokens[:, 0] == 0))
+    share = _share(context, tokens[:, 0] == 0)
     if share == 1:
         return warn("no sample has a picture", "look at what was packed: qwenvl-dist shards show")
     return ok(f"{share:.1%} of samples")

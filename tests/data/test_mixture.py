@@ -1,8 +1,10 @@
 """Several data sets in one line of positions."""
 
+import pickle
 import time
 from collections import Counter
 from fractions import Fraction
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,8 +12,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qwenvl_dist.config import DataConfig, SourceConfig
+from qwenvl_dist.data.cache import ShardCache
+from qwenvl_dist.data.joined import JoinedShards
 from qwenvl_dist.data.mixture import Interleave, MixturePlan, Source, make_plan, samples_per_epoch
-from qwenvl_dist.data.plan import RunPlan
+from qwenvl_dist.data.plan import RunPlan, StepLayout
+from qwenvl_dist.data.source import PlannedSource, SampleLengths, Shards, ShardSet
 from qwenvl_dist.errors import UserError
 
 COUNTS = st.lists(st.integers(1, 60), min_size=1, max_size=6)
@@ -169,3 +174,39 @@ def test_a_set_that_stands_alone_keeps_its_order() -> None:
     made, plain = make_plan(data, [sizes], [17], epochs=2), RunPlan(sizes, seed=5, window=2, epochs=2)
     for found, wanted in zip(made.find(np.arange(40)), plain.find(np.arange(40)), strict=True):
         assert found.tolist() == wanted.tolist()
+
+
+def read_all(shards: Shards, plan: MixturePlan, grouped: bool) -> list[str]:
+    layout = StepLayout(2, 3, 1)
+    lengths = SampleLengths(shards, lambda width, height: width * height // 784) if grouped else None
+    keys = []
+    for rank in range(2):
+        source = PlannedSource(shards, plan, layout, rank, 0, layout.steps(plan.total_samples), lengths)
+        keys += [sample.raw.key for sample in source if sample.raw is not None]
+    return sorted(keys)
+
+
+@pytest.mark.parametrize("grouped", [False, True])
+def test_joined_shards_are_read_through_the_cache_as_without_it(
+    scene_shards: Path, scene_validation_shards: Path, tmp_path: Path, grouped: bool
+) -> None:
+    def joined(cache: ShardCache | None) -> JoinedShards:
+        places = {"held-out": scene_validation_shards, "scenes": scene_shards}
+        return JoinedShards({name: ShardSet(place, cache) for name, place in places.items()})
+
+    cache = ShardCache(tmp_path / "cache", 1 << 30)
+    cache.prepare()
+    plain, cached = joined(None), joined(cache)
+    sources = [
+        Source(name, part.manifest.shard_sizes, count)
+        for name, part, count in zip(plain.names, plain.parts, (30, 40), strict=True)
+    ]
+    plan = MixturePlan(sources, seed=0, window=1, epochs=2)
+    keys = read_all(plain, plan, grouped)
+    assert read_all(pickle.loads(pickle.dumps(cached)), plan, grouped) == keys
+    copied = [path for path in (tmp_path / "cache").glob("*.shard") if path.stat().st_size > 20_000]
+    assert len(copied) == len({entry.sha256 for entry in plain.manifest.shards}) == 6
+    counts = Counter(keys)
+    assert len(counts) == 52 and sum(counts.values()) == 140
+    assert {counts[key] for key in counts if key.startswith("scenes/")} == {2}
+    assert {counts[key] for key in counts if key.startswith("held-out/")} == {5}
