@@ -27,7 +27,8 @@ from qwenvl_dist.errors import UserError
 if TYPE_CHECKING:
     from qwenvl_dist.config import DataConfig
 
-MOST_SAMPLES = 1 << 30  # of one source in an epoch: the product of two must fit into 62 bits
+MOST_SAMPLES = 1 << 30  # of one source in an epoch
+TIME_BITS = 31  # of an epoch's finest time; with them a product of counts and times fits into 63 bits
 
 
 @dataclass(frozen=True)
@@ -50,48 +51,50 @@ class Interleave:
         assert all(0 < count <= MOST_SAMPLES for count in counts), counts
         self.counts = np.array(counts, np.int64)
         self.total = int(self.counts.sum())
+        # The epoch in 2^bits cells: at most one sample of each source in one, and seldom two of different ones.
+        self._bits = min(TIME_BITS, (64 * self.total - 1).bit_length())
 
-    def ranks(self, source: int, numbers: Int64) -> Int64:
-        """Return where in the epoch the samples of these numbers of one source stand."""
-        count = int(self.counts[source])
-        found = numbers.copy()
-        for other, others in enumerate(self.counts.tolist()):
-            if other == source:
-                continue
-            # j of the other stands before k where (2j + 1) / (2 others) < (2k + 1) / (2 count), or is equal and its
-            # source the earlier one.
-            twice = (2 * numbers + 1) * others - count
-            if other < source:
-                found += twice // (2 * count) + 1
-            else:
-                found += -(-twice // (2 * count))
-        return found
+    def _started(self, cells: Int64) -> Int64:
+        """Return how many samples of each source have a time before these cells begin: (sources, n)."""
+        half_a_sample = 1 << self._bits  # in units of 1 / 2^(bits + 1)
+        return (2 * self.counts[:, None] * cells + half_a_sample - 1) >> (self._bits + 1)
+
+    def _cells(self, offsets: Int64) -> tuple[Int64, Int64, Int64]:
+        """Find the cell of each place of the epoch.
+
+        Returns the samples of each source before the cell (sources, n), the turn of its sample in the cell (sources, n)
+        or -1 where it has none there, and how many samples of the cell stand before the place (n,).
+        """
+        size, sources = 1 << self._bits, len(self.counts)
+        middle, margin = offsets * (size / self.total), (sources / 2 + 1) * size / self.total + 2
+        low = np.clip(middle - margin, 0, size).astype(np.int64)
+        high = np.clip(middle + margin, 0, size).astype(np.int64)
+        while (low < high).any():  # the last cell with no more samples before it than the place has
+            half = (low + high + 1) // 2
+            fits = self._started(half).sum(axis=0) <= offsets
+            low, high = np.where(fits, half, low), np.where(fits, high, half - 1)
+        before = self._started(low)
+        is_here = self._started(low + 1) > before
+        turns = np.where(is_here, 0, -1)
+        shared = np.flatnonzero(is_here.sum(axis=0) > 1)
+        if shared.size:  # by their exact times (2k + 1) / (2 count), cross-multiplied; then by source
+            here, odd = is_here[:, shared], 2 * before[:, shared] + 1
+            for source in range(sources):
+                own, others = odd[source] * self.counts[:, None], odd * self.counts[source]
+                earlier = others < own
+                earlier[:source] |= others[:source] == own[:source]
+                turns[source, shared] = np.where(here[source], (earlier & here).sum(axis=0), -1)
+        return before, turns, offsets - before.sum(axis=0)
 
     def before(self, offsets: Int64) -> Int64:
         """Return how many samples of each source stand before these places of the epoch: (sources, n)."""
-        found = np.empty((len(self.counts), len(offsets)), np.int64)
-        margin = len(self.counts) // 2 + 2  # the bound of the class, and what a float may be off
-        for source, count in enumerate(self.counts.tolist()):
-            share = (offsets * (count / self.total)).astype(np.int64)
-            low, high = np.clip(share - margin, 0, count), np.clip(share + margin, 0, count)
-            while (low < high).any():  # the first number that does not stand before
-                middle = (low + high) // 2
-                earlier = (self.ranks(source, middle) < offsets) & (low < high)
-                low, high = (
-                    np.where(earlier, middle + 1, low),
-                    np.where(earlier, high, np.minimum(middle, high)),
-                )
-            found[source] = low
-        return found
+        before, turns, passed = self._cells(offsets)
+        return before + ((turns >= 0) & (turns < passed))
 
     def locate(self, offsets: Int64) -> tuple[Int64, Int64]:
         """Return (source, number inside it) of each place of the epoch."""
-        before = self.before(offsets)
-        sources = np.full(len(offsets), -1, np.int64)
-        for source, count in enumerate(self.counts.tolist()):
-            here = (before[source] < count) & (self.ranks(source, before[source]) == offsets)
-            sources[here] = source
-        assert (sources >= 0).all(), "a place of the epoch has a sample"
+        before, turns, passed = self._cells(offsets)
+        sources = (turns == passed).argmax(axis=0)
         return sources, before[sources, np.arange(len(offsets))]
 
 
