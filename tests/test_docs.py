@@ -66,8 +66,8 @@ def test_recipes_in_documents_are_understood(path: Path) -> None:
     for block in re.findall(r"```yaml\n(.*?)```", path.read_text(), flags=re.DOTALL):
         tree = yaml.safe_load(block)
         if set(tree) <= set(Recipe.model_fields):
-            if not tree.get("data", {}).get("mixture"):
-                tree["data"] = {"train": "shards", **tree.get("data", {})}
+            data = {"validation": "shards", **tree.get("data", {})}
+            tree["data"] = data if "mixture" in data else {"train": "shards", **data}
             make_recipe(tree, path.name)
 
 
