@@ -1,7 +1,10 @@
 """Two data sets in one run: each has its own passes, through a resume on other ranks, and all of it is told."""
 
 import json
+import os
 import shutil
+import subprocess
+import sys
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -16,7 +19,7 @@ from qwenvl_dist.report.folder import RunFolder
 from qwenvl_dist.report.page import sources
 from qwenvl_dist.training.run import check_recipe_paths
 from qwenvl_dist.training.state import DataIdentity, Progress, SourceIdentity, data_state, restore_progress
-from tests.ranks import run_ranks
+from tests.ranks import ROOT, run_ranks
 from tests.report.made_run import keys_of
 from tests.training.runs import TIMEOUT, ledger, losses, read_lines, train, write_recipe
 
@@ -154,3 +157,14 @@ def test_a_missing_source_is_named(scenes_base: Path, scene_shards: Path, tmp_pa
     path = write_recipe(tmp_path / "r.yaml", scenes_base, scene_shards, tmp_path / "run", data=data)
     with pytest.raises(UserError, match=r"data\.mixture a: .*nowhere: no such folder"):
         check_recipe_paths(load_recipe(path))
+
+
+def test_submit_packs_and_encodes_no_mixture(tmp_path: Path) -> None:
+    recipe = tmp_path / "r.yaml"
+    recipe.write_text("data: {mixture: [{train: shards/a, epochs: 1}]}\n")
+    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    done = subprocess.run(
+        ["bash", "slurm/submit.sh", "--captions", "c.json", "--images", "photos", str(recipe)],
+        cwd=ROOT, env={**os.environ, "PATH": path, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True, timeout=60,
+    )  # fmt: skip
+    assert done.returncode == 2 and "the recipe has data.mixture; pack or encode its sets" in done.stderr
