@@ -11,8 +11,10 @@ import difflib
 import json
 import re
 from collections.abc import Hashable
-from pathlib import Path
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
 from typing import Annotated, Any, Literal
+from urllib.parse import urlsplit
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
@@ -130,10 +132,76 @@ class PixelRange(_Section):
 OverLength = Literal["cut", "drop", "shrink"]
 
 
+class SourceConfig(_Section):
+    """One data set of a mixture, and how much of an epoch it is."""
+
+    train: str = ""  # folder or URL of shards with manifest.json
+    name: str = ""  # the last part of `train` where the recipe gives none
+    epochs: Annotated[float, Field(gt=0)] | None = None  # passes over it in an epoch of the run
+    weight: Annotated[float, Field(gt=0)] | None = (
+        None  # its share of an epoch's samples, beside other weights
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _named_after_its_folder(cls, value: Any) -> Any:
+        if not isinstance(value, dict):
+            return value
+        place = value.get("train")
+        if place in (None, ""):
+            raise ValueError(
+                "names no shards: give the entry `train`, a folder or URL of what `shards pack` wrote"
+            )
+        if value.get("name") is None and isinstance(place, str):
+            return {**value, "name": PurePosixPath(urlsplit(place).path).name}
+        return value
+
+    @field_validator("name")
+    @classmethod
+    def _plain_name(cls, value: str) -> str:
+        if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", value):
+            raise ValueError(
+                "must be letters, digits, '.', '_' and '-', since keys and metrics carry it; give the entry a name"
+            )
+        return value
+
+    @model_validator(mode="after")
+    def _epochs_or_weight(self) -> SourceConfig:
+        if (self.epochs is None) == (self.weight is None):
+            said = (
+                "neither epochs nor weight"
+                if self.epochs is None
+                else (f"both epochs = {self.epochs:g} and weight = {self.weight:g}")
+            )
+            raise ValueError(
+                f"{self.name} has {said}: say one of them, passes in an epoch of the run or a share of its samples"
+            )
+        return self
+
+
+@dataclass(frozen=True)
+class TrainingSet:
+    """A data set that a run trains on, as the recipe names it."""
+
+    name: str  # "" where it is the only one
+    place: str
+    epochs: float | None = 1.0
+    weight: float | None = None
+
+    @property
+    def key(self) -> str:
+        """Return where the recipe names it."""
+        return f"data.mixture {self.name}" if self.name else "data.train"
+
+    def __str__(self) -> str:
+        return f"{self.key} = {self.place}"
+
+
 class DataConfig(_Section):
     """Where samples come from and how they become batches."""
 
     train: str = ""  # folder or URL of shards with manifest.json
+    mixture: Annotated[tuple[SourceConfig, ...], _List] = ()  # several of them, instead of train
     validation: str | None = None
     image_size: int | PixelRange = 280  # pixels a side (square, as in the article), or a range
     # Torch's fixed-point bicubic, or Pillow's own: five times the time for one level of difference now and then.
@@ -172,6 +240,35 @@ class DataConfig(_Section):
                 "must be the side of a square in pixels, such as 280, or a section with min_pixels and max_pixels"
             )
         return value
+
+    @field_validator("mixture")
+    @classmethod
+    def _one_kind_and_own_names(cls, value: tuple[SourceConfig, ...]) -> tuple[SourceConfig, ...]:
+        names = [source.name for source in value]
+        for name in names:
+            if names.count(name) > 1:
+                raise ValueError(f"{names.count(name)} entries are named {name}; give each a name of its own")
+        weighed = [source.name for source in value if source.weight is not None]
+        if weighed and len(weighed) < len(value):
+            passing = next(source.name for source in value if source.weight is None)
+            raise ValueError(
+                f"{weighed[0]} has a weight and {passing} has epochs: all entries must say the same of the two, "
+                "since weights share out an epoch whose length epochs would change"
+            )
+        return value
+
+    @property
+    def training_sets(self) -> tuple[TrainingSet, ...]:
+        """The data sets to train on: that of `train`, or those of `mixture` by name, however the recipe orders them."""
+        if not self.mixture:
+            return (TrainingSet("", self.train),)
+        ordered = sorted(self.mixture, key=lambda source: source.name)
+        return tuple(TrainingSet(s.name, s.train, s.epochs, s.weight) for s in ordered)
+
+    @property
+    def training_places(self) -> str:
+        """Where they lie, for a person."""
+        return ", ".join(each.place for each in self.training_sets)
 
     @property
     def picture_size(self) -> int | PixelRange:
@@ -338,8 +435,15 @@ class Recipe(_Section):
 
     @model_validator(mode="after")
     def _consistent(self) -> Recipe:
-        if not self.data.train:
-            raise ValueError("data.train is missing: name a folder made by `qwenvl-dist shards pack`")
+        if not self.data.train and not self.data.mixture:
+            raise ValueError(
+                "data.train is missing: name a folder made by `qwenvl-dist shards pack`, or several in data.mixture"
+            )
+        if self.data.train and self.data.mixture:
+            raise ValueError(
+                f"data.train is {self.data.train} and data.mixture has {len(self.data.mixture)} entries: a run takes "
+                "one of the two; drop one, or empty it with `data.train=` or `data.mixture=[]`"
+            )
         if self.eval.every_steps is not None and not self.data.validation:
             raise ValueError(
                 f"eval.every_steps is {self.eval.every_steps}, but data.validation is missing: name the shards whose "
@@ -467,6 +571,8 @@ def _section_at(location: tuple[int | str, ...]) -> type[BaseModel] | None:
     """Return the class of the section at a key path, None where there is none."""
     model: Any = Recipe
     for part in location:
+        if isinstance(part, int):  # an entry of a list, whose class the list's own annotation named
+            continue
         field = model.model_fields.get(part)
         annotation = field.annotation if field else None
         options = [annotation, *getattr(annotation, "__args__", ())]

@@ -44,6 +44,8 @@ pack() {  # SHARDS CAPTIONS IMAGES
   submit "prepare $1, manifest" $QWENVL_CPU_OPTIONS slurm/prepare.sbatch "${input[@]}"
 }
 
+[ -n "$train_shards" ] || [ -z "$captions$encode" ] ||
+  stop "--captions and --encode: the recipe has data.mixture; pack or encode its sets by themselves"
 [ -z "$validation_captions" ] || [ -n "$validation_shards" ] || stop "--validation-captions: the recipe has no data.validation"
 packed=""
 if [ -n "$validation_captions" ]; then

@@ -81,6 +81,16 @@ DATA_FAULTS = {
     "bad_sample_budget: 2": "data.bad_sample_budget = 2: must be at most 1; or leave bad_sample_budget out for 0.001",
     "ledger: 3": "data.ledger = 3: must be true or false; or leave ledger out for false",
     "train: 7": "data.train = 7: must be text",
+    "mixture: [{train: a/x}]": "x has neither epochs nor weight: say one of them",
+    "mixture: [{train: a/x, epochs: 1, weight: 2}]": "x has both epochs = 1 and weight = 2: say one of them",
+    "mixture: [{train: a/x, epochs: 1}, {train: b/x/, epochs: 1}]": "2 entries are named x; give each",
+    "mixture: [{train: a, epochs: 1}, {train: b, weight: 1}]": "b has a weight and a has epochs: all entries must",
+    "mixture: [{train: a, epochs: 0}]": "data.mixture.0.epochs = 0: must be above 0",
+    "mixture: [{train: a, epoch: 1}]": "unknown key 'data.mixture.0.epoch'; did you mean 'epochs'?",
+    "mixture: [{epochs: 1, name: a}]": 'data.mixture.0 = {"epochs": 1, "name": "a"}: names no shards: give the entry',
+    "mixture: [{train: 7, epochs: 1}]": "data.mixture.0.train = 7: must be text",
+    "mixture: [{train: 'http://host/a b/', epochs: 1}]": 'data.mixture.0.name = "a b": must be letters, digits',
+    "mixture: [{train: a, epochs: 1}]": "data.train is shards and data.mixture has 1 entries: a run takes one",
     "train: ''": "data.train is missing: name a folder made by `qwenvl-dist shards pack`",
 }  # fmt: skip
 
@@ -105,7 +115,7 @@ def test_wrong_data_value_is_one_line_with_key_value_rule_and_remedy(tmp_path: P
         (DATA + "zzz: 1", "unknown key 'zzz'; known keys: model, lora, data, optim, train, eval, deepspeed, tracking"),
         ("data: {train: x, image_size: {min_pixel: 1}}", "'data.image_size.min_pixel'; did you mean 'min_pixels'?"),
         ("data: {train: x, int: 1}", "unknown key 'data.int'; "),
-        ("data: {train: x, 1: 2}", "unknown key 'data.1'; known keys: train, validation, image_size"),
+        ("data: {train: x, 1: 2}", "unknown key 'data.1'; known keys: train, mixture, validation, image_size"),
         (DATA + "lora: {rank: 0, rnak: 8}", "unknown key 'lora.rnak'; did you mean 'rank'?"),
     ],
 )  # fmt: skip
@@ -228,7 +238,7 @@ def test_defaults_are_the_articles_run(tmp_path: Path) -> None:
         "q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj",
     )  # fmt: skip
     assert recipe.to_dict()["data"] == {
-        "train": "shards", "validation": None, "image_size": 280, "resize": "fast",
+        "train": "shards", "mixture": [], "validation": None, "image_size": 280, "resize": "fast",
             "captions_mode": "join", "caption_mark": "&&", "max_length": 8192,
         "over_length": "cut", "max_visual_tokens": None, "micro_batch_visual_tokens": None,
         "micro_batch_size": 4, "workers": 2, "seed": 0, "shuffle_window": 64,

@@ -5,9 +5,10 @@ import shlex
 from pathlib import Path
 
 import pytest
+import yaml
 
 from qwenvl_dist.__main__ import build_parser
-from qwenvl_dist.config import Recipe
+from qwenvl_dist.config import Recipe, make_recipe
 from tests.ranks import ROOT
 
 OTHER_PROGRAMS = ("git", "source", "hf", "vi", "squeue", "tail")
@@ -58,6 +59,16 @@ def test_every_recipe_key_is_documented() -> None:
         assert default is not None, field
         keys |= {f"{section}.{key}" for key in type(default).model_fields}
     assert keys == documented
+
+
+@pytest.mark.parametrize("path", DOCUMENTS, ids=[path.name for path in DOCUMENTS])
+def test_recipes_in_documents_are_understood(path: Path) -> None:
+    for block in re.findall(r"```yaml\n(.*?)```", path.read_text(), flags=re.DOTALL):
+        tree = yaml.safe_load(block)
+        if set(tree) <= set(Recipe.model_fields):
+            data = {"validation": "shards", **tree.get("data", {})}
+            tree["data"] = data if "mixture" in data else {"train": "shards", **data}
+            make_recipe(tree, path.name)
 
 
 def test_links_in_documents_lead_somewhere() -> None:

@@ -8,7 +8,7 @@ from dataclasses import replace
 
 from qwenvl_dist.data.formats import parse_sample_json
 from qwenvl_dist.data.index import RawSample
-from qwenvl_dist.data.plan import RunPlan
+from qwenvl_dist.data.plan import Plan
 from qwenvl_dist.data.source import PlannedSample
 
 
@@ -19,7 +19,7 @@ class CaptionDraw:
     a photo comes once before any comes again.
     """
 
-    def __init__(self, plan: RunPlan, mark: str) -> None:
+    def __init__(self, plan: Plan, mark: str) -> None:
         self.plan, self.mark = plan, mark
 
     def __call__(self, samples: Sequence[PlannedSample]) -> list[PlannedSample]:

@@ -11,13 +11,13 @@ from PIL import Image
 from qwenvl_dist.data.images import decode
 from qwenvl_dist.data.index import BadSample
 from qwenvl_dist.data.plan import Place
-from qwenvl_dist.data.source import ShardSet
+from qwenvl_dist.data.source import Shards
 from qwenvl_dist.errors import UserError
 
 THUMBNAIL_SIDE = 480  # pixels; shown at half of it, for dense screens
 
 
-def find_pictures(shards: ShardSet, keys: Collection[str]) -> dict[str, bytes]:
+def find_pictures(shards: Shards, keys: Collection[str]) -> dict[str, bytes]:
     """Return the original bytes of the first picture of each of these samples that can be read.
 
     Keys are looked up in the indexes; only what is wanted is read.

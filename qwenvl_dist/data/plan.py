@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Protocol, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -129,6 +129,37 @@ class Place:
     sample: int  # index into the shard
 
 
+@dataclass(frozen=True)
+class SourceProgress:
+    """How far a run is in one data set of a mixture."""
+
+    samples: int  # of its own, consumed over all passes
+    passes: float
+
+
+class Plan(Protocol):
+    """The line of positions of a run, over one data set (`RunPlan`) or several (`mixture.MixturePlan`)."""
+
+    samples_per_epoch: int
+    total_samples: int
+
+    def find(self, positions: Int64) -> tuple[Int64, Int64]:
+        """Return (shard, sample inside the shard) of each position; -1, -1 where the run has ended."""
+        ...
+
+    def parts_at(self, position: int) -> list[tuple[RunPlan, int]]:
+        """Return the plan of each data set, and its own position when the run is at `position`."""
+        ...
+
+    def draw(self, position: int, place: Place, count: int) -> int:
+        """Return which of `count` alternatives the sample at `place` takes at this position."""
+        ...
+
+    def progress(self, position: int) -> dict[str, SourceProgress]:
+        """Return by name how far each data set of a mixture is when the run is at `position`; {} without one."""
+        ...
+
+
 class RunPlan:
     """All positions of a run of `epochs` passes over the data set."""
 
@@ -178,6 +209,14 @@ class RunPlan:
         cycle, turn = divmod(position // self.samples_per_epoch, count)
         key = hash_key(self._seed, _DRAW_STREAM, place.shard, place.sample, cycle)
         return int(permute(np.array([turn]), np.array([count]), np.array([key], np.uint64))[0])
+
+    def parts_at(self, position: int) -> list[tuple[RunPlan, int]]:
+        """Return this plan and the position: there is no other data set."""
+        return [(self, position)]
+
+    def progress(self, position: int) -> dict[str, SourceProgress]:
+        """Return nothing: it is no mixture, and the run's own epoch says it all."""
+        return {}
 
     def window(self, position: int) -> tuple[int, int]:
         """Return (epoch, window) of a position."""

@@ -26,7 +26,7 @@ from qwenvl_dist.data.formats import parse_sample_json
 from qwenvl_dist.data.index import RawSample
 from qwenvl_dist.data.plan import RunPlan, StepLayout
 from qwenvl_dist.data.sizes import UnreadableImage
-from qwenvl_dist.data.source import PlannedSample, PlannedSource, ShardSet
+from qwenvl_dist.data.source import PlannedSample, PlannedSource, Shards
 from qwenvl_dist.data.stream import SampleEncoder
 
 
@@ -152,7 +152,7 @@ class PromptStream:
 
     def __init__(
         self,
-        shards: ShardSet,
+        shards: Shards,
         plan: RunPlan,
         layout: StepLayout,
         encoder: PromptEncoder,

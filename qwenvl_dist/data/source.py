@@ -11,6 +11,7 @@ from functools import partial
 from itertools import islice
 from multiprocessing.pool import AsyncResult, ThreadPool
 from pathlib import Path
+from typing import Any, Protocol
 
 import numpy as np
 from torch.utils.data import IterableDataset, get_worker_info
@@ -21,6 +22,7 @@ from qwenvl_dist.data.index import (
     BadSample,
     Manifest,
     RawSample,
+    ShardEntry,
     ShardIndex,
     ShardReader,
     check_shard_index,
@@ -30,7 +32,7 @@ from qwenvl_dist.data.plan import (
     Deal,
     Int64,
     Place,
-    RunPlan,
+    Plan,
     StepLayout,
     deal_by_budget,
     deal_by_length,
@@ -51,6 +53,39 @@ class Slot:
     position: int
     place: Place | None  # None where the run has ended
     max_visual_tokens: int | None  # of this sample, so that its micro-batch keeps its budget
+
+
+class Shards(Protocol):
+    """Where the samples of a plan are read: one data set (`ShardSet`) or several (`joined.JoinedShards`)."""
+
+    manifest: Manifest
+    is_remote: bool  # some of them at least
+    keep_open: int  # indexes that stay in memory
+
+    @property
+    def parts(self) -> list[ShardSet]:
+        """Return the data sets one by one, in the order in which their shards are numbered."""
+        ...
+
+    def stored(self, shard: int) -> tuple[Storage, ShardEntry, dict[str, Any] | None]:
+        """Return where a shard lies, what its own manifest says of it, and how its texts are read."""
+        ...
+
+    def expect(self, plan: Plan, position: int, share: int) -> None:
+        """Hear where the plan is."""
+        ...
+
+    def release(self) -> None:
+        """Hear that the plan is done with."""
+        ...
+
+    def read(self, place: Place) -> RawSample:
+        """Return the verified bytes of one sample. Raises BadSample."""
+        ...
+
+    def index(self, shard: int) -> ShardIndex:
+        """Return a shard's index. Raises UserError or OSError when it cannot be read."""
+        ...
 
 
 class ShardSet:
@@ -94,15 +129,27 @@ class ShardSet:
         vars(self).update(state)
         self._reset()
 
-    def expect(self, plan: RunPlan, position: int, share: int) -> None:
+    @property
+    def parts(self) -> list[ShardSet]:
+        """Return this one alone."""
+        return [self]
+
+    def stored(self, shard: int) -> tuple[Storage, ShardEntry, dict[str, Any] | None]:
+        """Return where a shard lies, what the manifest says of it, and how its texts are read."""
+        return self.storage, self.manifest.shards[shard], self.manifest.texts
+
+    def expect(self, plan: Plan, position: int, share: int) -> None:
         """Hear where the plan is: bring the shards of this window and the next into the cache, let the others go.
 
         Each process begins at another place, by the number `share`, so that they do not all wait for one shard.
         """
-        if self.cache is None or position >= plan.total_samples or plan.window(position) == self._expected:
+        if self.cache is None or position >= plan.total_samples:
             return
-        self._expected = plan.window(position)
-        windows = plan.shards_ahead(*self._expected)
+        ((own, place),) = plan.parts_at(position)
+        if own.window(place) == self._expected:
+            return
+        self._expected = own.window(place)
+        windows = own.shards_ahead(*self._expected)
         wanted = [shard for shards in windows for shard in _rotated(shards, share)]
         _allow_open_files(len(wanted))
         with self._lock:
@@ -208,7 +255,7 @@ class SampleLengths:
     """
 
     def __init__(
-        self, shards: ShardSet, visual_tokens: Callable[[int, int], int], limit: int | None = None
+        self, shards: Shards, visual_tokens: Callable[[int, int], int], limit: int | None = None
     ) -> None:
         self.shards, self.visual_tokens, self.limit = shards, visual_tokens, limit
         self._by_shard: OrderedDict[int, Int64] = OrderedDict()
@@ -262,8 +309,8 @@ class PlannedSource(IterableDataset):
 
     def __init__(
         self,
-        shards: ShardSet,
-        plan: RunPlan,
+        shards: Shards,
+        plan: Plan,
         layout: StepLayout,
         rank: int,
         start: int,

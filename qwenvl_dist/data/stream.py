@@ -37,10 +37,10 @@ from qwenvl_dist.data.features import read_features
 from qwenvl_dist.data.formats import parse_sample_json
 from qwenvl_dist.data.images import decode, resize
 from qwenvl_dist.data.index import RawSample
-from qwenvl_dist.data.plan import RunPlan, StepLayout
+from qwenvl_dist.data.plan import Plan, StepLayout
 from qwenvl_dist.data.sizes import ImageSizeRule, UnreadableImage
 from qwenvl_dist.data.slots import BatchSlots
-from qwenvl_dist.data.source import PlannedSample, PlannedSource, SampleLengths, ShardSet
+from qwenvl_dist.data.source import PlannedSample, PlannedSource, SampleLengths, Shards
 
 if TYPE_CHECKING:
     from qwenvl_dist.config import OverLength
@@ -242,8 +242,8 @@ class CaptionStream:
 
     def __init__(
         self,
-        shards: ShardSet,
-        plan: RunPlan,
+        shards: Shards,
+        plan: Plan,
         layout: StepLayout,
         encoder: SampleEncoder,
         *,

@@ -12,7 +12,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from qwenvl_dist.data.index import Manifest, ShardIndex, read_shard_index
-from qwenvl_dist.data.plan import RunPlan, StepLayout, deal_by_budget, deal_by_length
+from qwenvl_dist.data.mixture import make_plan, samples_per_epoch
+from qwenvl_dist.data.plan import Plan, StepLayout, deal_by_budget, deal_by_length
 from qwenvl_dist.data.sizes import CHARACTERS_PER_TOKEN, ImageSizeRule, estimated_tokens
 from qwenvl_dist.data.storage import ReadPolicy, StorageError, open_storage
 from qwenvl_dist.errors import UserError
@@ -51,15 +52,26 @@ class Samples:
     pictures: list[Int64]  # visual tokens of each picture of the samples counted
     counted: Int64  # those samples
     shard_sizes: Int64
+    weights: NDArray[np.float64]  # how many of an epoch's samples each row stands for, the dummy left out
+
+
+@dataclass(frozen=True)
+class SourceFacts:
+    """One data set of a mixture."""
+
+    samples: int
+    samples_per_epoch: int  # of the run
+    passes: float  # over it, in the whole run; train.max_steps left out
 
 
 @dataclass(frozen=True)
 class DataFacts:
     """What the data makes of a run. Everything that depends on text is an estimate."""
 
-    samples: int
+    samples: int  # of an epoch
     shards: int
     shards_read: int
+    sources: dict[str, SourceFacts]  # of a mixture, by name
     has_features: bool
     text_only_share: float
     global_batch_size: int
@@ -80,61 +92,96 @@ def look_at(recipe: Recipe, world_size: int) -> tuple[DataFacts, Samples]:
     Raises UserError when manifest or indexes cannot be read, or the global batch cannot be dealt.
     """
     data, train = recipe.data, recipe.train
-    storage = open_storage(data.train, ReadPolicy(data.read_timeout_seconds, data.read_retries))
-    try:
-        manifest = Manifest.load(storage)
-    except UserError as error:
-        raise UserError(f"data.train: {error}") from error
-    if not manifest.samples:
-        raise UserError(f"data.train = {data.train}: holds no samples; pack some first")
-    chosen = chosen_shards(manifest)
-    indexes, failures = [], []
-    for number in chosen:
-        shard = manifest.shards[number]
-        try:
-            indexes.append(read_shard_index(storage, shard.name, shard.index_sha256))
-        except StorageError as error:
-            failures.append(f"{shard.name}: its index cannot be read ({error})")
-        except OSError as error:
-            failures.append(f"{shard.name}: its index cannot be read ({error.strerror})")
-        except UserError as error:
-            failures.append(str(error))
-    if not indexes:
-        raise UserError(f"data.train = {data.train}: {failures[0]}")
-    if failures:  # a run leaves out the samples of such a shard, too
-        log.warning("left out of the estimate: %d indexes, such as %s", len(failures), failures[0])
-    samples = _describe(data, indexes)
+    manifests, indexes = _read(data)
+    counts = samples_per_epoch(data, [manifest.samples for manifest in manifests])
+    sizes = [np.array([len(index) for index in part], np.int64) for part in indexes]
+    weights = sample_weights(counts, [int(part.sum()) for part in sizes])
+    samples = _describe(data, [index for part in indexes for index in part], weights)
     accumulation = recipe.grad_accum_steps(world_size)
     layout = StepLayout(world_size, data.micro_batch_size, accumulation)
-    padding, largest = _micro_batches(data, samples, layout)
-    total = manifest.samples * train.epochs
+    padding, largest = _micro_batches(data, samples, make_plan(data, sizes, counts), layout)
+    epoch = sum(counts)
+    total = epoch * train.epochs
     steps = layout.steps(total)
     if train.max_steps is not None:
         steps = min(steps, train.max_steps)
-    real = slice(0, len(samples.length) - 1)  # without the dummy
+
+    def mean(column: NDArray[Any]) -> float:
+        return float(np.average(column[:-1], weights=samples.weights))  # without the dummy
+
     return DataFacts(
-        samples=manifest.samples,
-        shards=len(manifest.shards),
-        shards_read=len(indexes),
-        has_features=manifest.features is not None,
-        text_only_share=float(np.mean(samples.visual[real] == 0)),
+        samples=epoch,
+        shards=sum(len(manifest.shards) for manifest in manifests),
+        shards_read=sum(len(part) for part in indexes),
+        sources={
+            each.name: SourceFacts(manifest.samples, count, count * train.epochs / manifest.samples)
+            for each, manifest, count in zip(data.training_sets, manifests, counts, strict=True)
+            if data.mixture
+        },
+        has_features=manifests[0].features is not None,
+        text_only_share=mean(samples.visual == 0),
         global_batch_size=layout.global_batch_size,
         grad_accum_steps=accumulation,
-        steps_per_epoch=layout.steps(manifest.samples),
+        steps_per_epoch=layout.steps(epoch),
         total_steps=steps,
         total_samples=min(total, steps * layout.global_batch_size),
-        tokens_per_sample=float(np.mean(samples.length[real])),
-        target_tokens_per_sample=float(np.mean(samples.targets[real])),
-        visual_tokens_per_sample=float(np.mean(samples.visual[real])),
+        tokens_per_sample=mean(samples.length),
+        target_tokens_per_sample=mean(samples.targets),
+        visual_tokens_per_sample=mean(samples.visual),
         padding_share=padding,
         largest=largest,
     ), samples
 
 
-def chosen_shards(manifest: Manifest) -> list[int]:
-    """Return the numbers of the shards whose indexes are read, spread over all that hold samples."""
-    filled = [number for number, shard in enumerate(manifest.shards) if shard.samples]
-    return [filled[i] for i in np.unique(np.linspace(0, len(filled) - 1, SHARDS_READ).astype(int)).tolist()]
+def _read(data: DataConfig) -> tuple[list[Manifest], list[list[ShardIndex]]]:
+    """Return the manifest of each training set and some indexes of its shards."""
+    storages, manifests = [], []
+    for each in data.training_sets:
+        storages.append(open_storage(each.place, ReadPolicy(data.read_timeout_seconds, data.read_retries)))
+        try:
+            manifests.append(Manifest.load(storages[-1]))
+        except UserError as error:
+            raise UserError(f"{each.key}: {error}") from error
+        if not manifests[-1].samples:
+            raise UserError(f"{each}: holds no samples; pack some first")
+    joined = [(part, entry) for part, manifest in enumerate(manifests) for entry in manifest.shards]
+    indexes: list[list[ShardIndex]] = [[] for _ in manifests]
+    failures = []
+    for number in chosen_shards(manifests):
+        part, entry = joined[number]
+        try:
+            indexes[part].append(read_shard_index(storages[part], entry.name, entry.index_sha256))
+        except OSError as error:
+            reason = error if isinstance(error, StorageError) else error.strerror
+            failures.append(
+                f"{data.training_sets[part]}: the index of {entry.name} cannot be read ({reason})"
+            )
+        except UserError as error:
+            failures.append(f"{data.training_sets[part]}: {error}")
+    if not all(indexes):
+        raise UserError(failures[0])
+    if failures:  # a run leaves out the samples of such a shard, too
+        log.warning("left out of the estimate: %d indexes, such as %s", len(failures), failures[0])
+    return manifests, indexes
+
+
+def chosen_shards(manifests: Sequence[Manifest]) -> list[int]:
+    """Return the numbers of the shards whose indexes are read, spread over all that hold samples.
+
+    Shards are numbered through the manifests, each of which gets the same number of them.
+    """
+    chosen, first = [], 0
+    for manifest in manifests:
+        filled = [first + number for number, shard in enumerate(manifest.shards) if shard.samples]
+        spread = np.linspace(0, len(filled) - 1, max(1, SHARDS_READ // len(manifests))).astype(int)
+        chosen += [filled[i] for i in np.unique(spread).tolist()]
+        first += len(manifest.shards)
+    return chosen
+
+
+def sample_weights(counts: Sequence[int], read: Sequence[int]) -> NDArray[np.float64]:
+    """Return of each sample that was read, so many of each training set, how many of an epoch's it stands for."""
+    return np.repeat(np.array(counts) / np.maximum(read, 1), read)
 
 
 def _skeleton_bytes(pictures: int) -> int:
@@ -147,7 +194,7 @@ def _skeleton_bytes(pictures: int) -> int:
     return len(json.dumps({"messages": messages, "image_id": 100000, "source": "coco"}))
 
 
-def _describe(data: DataConfig, indexes: Sequence[ShardIndex]) -> Samples:
+def _describe(data: DataConfig, indexes: Sequence[ShardIndex], weights: NDArray[np.float64]) -> Samples:
     size = data.picture_size
     if isinstance(size, int):
         rule = ImageSizeRule(side=size)
@@ -198,6 +245,7 @@ def _describe(data: DataConfig, indexes: Sequence[ShardIndex]) -> Samples:
         pictures=[flat[ends[i] - pictures[i] : ends[i]] for i in counted.tolist()],
         counted=counted,
         shard_sizes=np.array([len(index) for index in indexes], np.int64),
+        weights=weights,
     )
 
 
@@ -210,10 +258,11 @@ def _json_bytes(index: ShardIndex) -> Int64:
     return found
 
 
-def _micro_batches(data: DataConfig, samples: Samples, layout: StepLayout) -> tuple[float, MicroBatch]:
+def _micro_batches(
+    data: DataConfig, samples: Samples, plan: Plan, layout: StepLayout
+) -> tuple[float, MicroBatch]:
     """Return the share of padding and the largest micro-batch of the first epoch."""
     size, per = layout.global_batch_size, data.micro_batch_size
-    plan = RunPlan(samples.shard_sizes, seed=data.seed, window=data.shuffle_window)
     steps = min(layout.steps(plan.total_samples), max(1, POSITIONS_WALKED // size))
     budget = data.micro_batch_visual_tokens
     if budget:

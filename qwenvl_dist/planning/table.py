@@ -43,6 +43,7 @@ def to_json(plan: Plan) -> dict[str, Any]:
             "samples": data.samples,
             "shards": data.shards,
             "shards_read": data.shards_read,
+            "sources": {name: vars(source) for name, source in data.sources.items()},
             "text_only_share": data.text_only_share,
             "tokens_per_sample": data.tokens_per_sample,
             "visual_tokens_per_sample": data.visual_tokens_per_sample,
@@ -119,6 +120,11 @@ def text(plan: Plan) -> str:
     lines += [
         "",
         f"data         {data.samples:,} samples in {data.shards:,} shards{read}",
+        *(
+            f"             {name}: {source.samples_per_epoch:,} of them, {source.passes:.3g} passes over "
+            f"{source.samples:,} in all epochs"
+            for name, source in data.sources.items()
+        ),
         f"             about {data.tokens_per_sample:.0f} tokens a sample: {data.visual_tokens_per_sample:.0f} visual, "
         f"{target:.0f} learned; {data.text_only_share:.1%} without a picture; {data.padding_share:.1%} padding",
         f"steps        {data.steps_per_epoch:,} an epoch, {data.total_steps:,} in all, of "

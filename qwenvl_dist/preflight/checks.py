@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from accelerate import Accelerator
 
     from qwenvl_dist.config import Recipe
-    from qwenvl_dist.data.source import ShardSet
+    from qwenvl_dist.data.source import Shards, ShardSet
     from qwenvl_dist.distributed import HostGroup, Topology
     from qwenvl_dist.model.base_folder import BaseFolder
     from qwenvl_dist.planning import Plan
@@ -166,9 +166,11 @@ class Context:
         return look_at(self.recipe, self.host.world_size)[1]
 
     @cached_property
-    def shards(self) -> ShardSet:
+    def shards(self) -> Shards:
         """Return the training data."""
-        return self.open_shards(self.recipe.data.train)
+        from qwenvl_dist.data.joined import open_training_sets
+
+        return open_training_sets(self.recipe.data, self.open_shards)
 
     def open_shards(self, place: str) -> ShardSet:
         """Return the shards at a place, read without a cache."""

@@ -9,10 +9,11 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
+from qwenvl_dist.data.mixture import samples_per_epoch
 from qwenvl_dist.data.sizes import ImageSizeRule, estimated_tokens
 from qwenvl_dist.data.verify import verify_shard
 from qwenvl_dist.errors import UserError
-from qwenvl_dist.planning.samples import CHAT_TOKENS, PICTURE_TOKENS, chosen_shards
+from qwenvl_dist.planning.samples import CHAT_TOKENS, PICTURE_TOKENS, chosen_shards, sample_weights
 from qwenvl_dist.preflight.checks import Context, Verdict, fail, ok, warn
 
 if TYPE_CHECKING:
@@ -38,58 +39,61 @@ def manifests(context: Context) -> Verdict:
 def _manifests(context: Context) -> dict[str, tuple[str, str]]:
     """Return (fingerprint, description) of each data set that the recipe names."""
     data = context.recipe.data
-    found = {}
-    for key, place in (("data.train", data.train), ("data.validation", data.validation)):
-        if not place:
-            continue
+    parts = context.shards.parts
+    counts = samples_per_epoch(data, [part.manifest.samples for part in parts])
+    named = list(zip([each.key for each in data.training_sets], parts, counts, strict=True))
+    if data.validation:
         try:
-            manifest = (context.shards if key == "data.train" else context.open_shards(place)).manifest
+            held_out = context.open_shards(data.validation)
         except UserError as error:
-            raise UserError(f"{key}: {error}") from error
-        if not manifest.samples:
-            raise UserError(f"{key} = {place}: holds no samples; pack some first")
-        found[key] = (
-            manifest.fingerprint,
-            f"{manifest.samples:,} samples in {len(manifest.shards):,} shards",
-        )
+            raise UserError(f"data.validation: {error}") from error
+        if not held_out.manifest.samples:
+            raise UserError(f"data.validation = {data.validation}: holds no samples; pack some first")
+        named.append(("data.validation", held_out, held_out.manifest.samples))
+    found = {}
+    for key, part, count in named:
+        manifest = part.manifest
+        shown = f"{manifest.samples:,} samples in {len(manifest.shards):,} shards"
+        if key.startswith("data.mixture"):
+            shown += f" ({count:,} an epoch)"
+        found[key] = (manifest.fingerprint, shown)
     return found
 
 
 def sampled_shards(context: Context) -> Verdict:
     """Some shards, other ones on each rank, hold what the manifest says, byte for byte."""
-    manifest = context.shards.manifest
-    filled = [entry for entry in manifest.shards if entry.samples]
+    shards = context.shards
+    filled = [number for number, entry in enumerate(shards.manifest.shards) if entry.samples]
     wanted = context.sampled_shards * context.host.world_size
     chosen = np.unique(np.linspace(0, len(filled) - 1, wanted).astype(int))
     mine = chosen[context.host.rank :: context.host.world_size]
-    entries = [filled[number] for number in mine.tolist()]
-    storage, texts = context.shards.storage, manifest.texts
+    numbers = [filled[number] for number in mine.tolist()]
     parts = context.of_all(
-        lambda: [fault for entry in entries for fault in verify_shard(storage, entry, texts)]
+        lambda: [(number, fault) for number in numbers for fault in verify_shard(*shards.stored(number))]
     )
-    faults = [fault for part in parts for fault in part]
-    looked = sum(filled[number].samples for number in chosen.tolist())
+    faulty = [found for part in parts for found in part]
+    faults = [fault for _, fault in faulty]
+    looked = sum(shards.manifest.shards[filled[number]].samples for number in chosen.tolist())
     shown = f"{len(chosen)} of {len(filled)} shards, {looked:,} samples"
     if not faults:
         return ok(shown)
-    first = faults[0]
-    where = first.shard if first.key is None else f"{first.key} in {first.shard}"
+    number, first = faulty[0]
+    shard = shards.manifest.shards[number].name
+    where = shard if first.key is None else f"{first.key} in {shard}"
     shown += f": {len(faults)} faults, such as {where}: {first.reason}"
-    remedy = (
-        f"qwenvl-dist shards verify {context.recipe.data.train} names all; copy or pack these shards again"
-    )
+    remedy = f"qwenvl-dist shards verify {shards.stored(number)[0].location} names all; copy or pack these shards again"
     whole = [fault for fault in faults if fault.key is None]
     if whole or len(faults) > context.recipe.data.bad_sample_budget * looked:
         return fail(shown, remedy)
     return warn(shown, remedy)
 
 
-def _indexes(context: Context) -> Iterator[tuple[str, ShardIndex]]:
-    """Yield the names and indexes that the plan reads too, without those that cannot be read: a run goes on then."""
+def _indexes(context: Context) -> Iterator[tuple[int, ShardIndex]]:
+    """Yield numbers and indexes of the shards that the plan reads too, but for those that cannot be read."""
     shards = context.shards
-    for number in chosen_shards(shards.manifest):
+    for number in chosen_shards([part.manifest for part in shards.parts]):
         with contextlib.suppress(UserError, OSError):  # `sampled_shards` tells of damage
-            yield shards.manifest.shards[number].name, shards.index(number)
+            yield number, shards.index(number)
 
 
 def _rule(context: Context) -> ImageSizeRule:
@@ -103,13 +107,25 @@ def _rule(context: Context) -> ImageSizeRule:
 def _tokens(context: Context) -> tuple[NDArray[np.int64], list[tuple[str, ShardIndex]]]:
     """Return (samples, 2) visual and text tokens of the samples of the indexes."""
     rule = _rule(context)
-    found = list(_indexes(context))
+    names = [entry.name for entry in context.shards.manifest.shards]
+    found = [(names[number], index) for number, index in _indexes(context)]
     if not found:
         raise UserError(
-            f"data.train = {context.recipe.data.train}: no index of it can be read; copy or pack the data again"
+            f"{context.recipe.data.training_sets[0]}: no index of it can be read; copy or pack the data again"
         )
     tokens = [estimated_tokens(index, rule.visual_tokens, rule.max_visual_tokens) for _, index in found]
     return np.concatenate(tokens), found
+
+
+def _share(context: Context, are: NDArray[np.bool_]) -> float:
+    """Return the share of an epoch's samples of which something is true, by the rows of `_tokens`."""
+    parts = [part.manifest for part in context.shards.parts]
+    owners = np.repeat(np.arange(len(parts)), [len(manifest.shards) for manifest in parts])
+    read = np.zeros(len(parts), np.int64)
+    for number, index in _indexes(context):
+        read[owners[number]] += len(index)
+    counts = samples_per_epoch(context.recipe.data, [manifest.samples for manifest in parts])
+    return float(np.average(are, weights=sample_weights(counts, read.tolist())))
 
 
 def _place(row: int, indexes: list[tuple[str, ShardIndex]]) -> tuple[str, str, ShardIndex, int]:
@@ -130,7 +146,7 @@ def lengths(context: Context) -> Verdict:
     if data.over_length == "shrink":
         hopeless = frame + tokens[:, 1] >= data.max_length
     too_long = tokens.sum(axis=1) + frame > data.max_length
-    share = float(np.mean(hopeless))
+    share = _share(context, hopeless)
     longest = int(tokens.sum(axis=1).max()) + frame
     shown = f"longest about {longest} tokens of data.max_length = {data.max_length}"
     if hopeless.any():
@@ -144,10 +160,11 @@ def lengths(context: Context) -> Verdict:
         if data.over_length != "drop" and share > data.bad_sample_budget:
             return fail(value, remedy)  # visual tokens are never cut: each would be a bad sample
         return warn(value, remedy)
-    if float(np.mean(too_long)) > MUCH_CUT:
+    long_share = _share(context, too_long)
+    if long_share > MUCH_CUT:
         did = {"cut": "lose the end of the caption", "shrink": "get smaller pictures", "drop": "are left out"}
         return warn(
-            f"{shown}; {np.mean(too_long):.1%} of samples {did[data.over_length]}",
+            f"{shown}; {long_share:.1%} of samples {did[data.over_length]}",
             "raise data.max_length, or let pictures be smaller: data.image_size, data.max_visual_tokens",
         )
     return ok(shown)
@@ -156,7 +173,7 @@ def lengths(context: Context) -> Verdict:
 def text_only(context: Context) -> Verdict:
     """How many samples have no picture; every rank runs the vision tower all the same."""
     tokens, _ = _tokens(context)
-    share = float(np.mean(tokens[:, 0] == 0))
+    share = _share(context, tokens[:, 0] == 0)
     if share == 1:
         return warn("no sample has a picture", "look at what was packed: qwenvl-dist shards show")
     return ok(f"{share:.1%} of samples")

@@ -100,8 +100,10 @@ def node_cache(context: Context) -> Verdict:
 
     folder = Path(data.cache_dir)
     ShardCache(folder, 0).prepare()
-    shards = context.shards.manifest.shards
-    window = sorted((shard.num_bytes for shard in shards), reverse=True)[: 2 * data.shuffle_window]
+    window: list[int] = []
+    for part in context.shards.parts:  # each data set has its own windows
+        sizes = sorted((shard.num_bytes for shard in part.manifest.shards), reverse=True)
+        window += sizes[: 2 * data.shuffle_window]
     held = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
     room = min(int(data.cache_gib * GIB), shutil.disk_usage(folder).free + held)
     shown = f"{folder}: room for {room / GIB:.1f} GiB, two windows of shards are {sum(window) / GIB:.2f} GiB"

@@ -64,6 +64,7 @@ def report_page(run: RunFolder, most_photos: int) -> str:
         checkpoints=run.checkpoints,
         bad_samples=run.bad_samples[:BAD_SAMPLES_SHOWN],
         num_bad_samples=len(run.bad_samples),
+        sources=sources(run),
         facts=facts(run),
         launches=run.launches,
         versions=run.launches[-1].get("versions", {}) if run.launches else {},
@@ -200,6 +201,29 @@ def in_words(curve: Curve) -> str:
     )
 
 
+@dataclass(frozen=True)
+class SourceRow:
+    """A data set of a mixture, and how far the run is in it."""
+
+    name: str
+    place: str
+    share: str  # what the recipe says of it
+    samples: int | None
+    epoch: float | None  # passes over it
+
+
+def sources(run: RunFolder) -> list[SourceRow]:
+    """Return a row for each data set of the recipe's mixture, none where there is no mixture."""
+    reached = _value(run.steps[-1], "sources") if run.steps else None
+    rows = []
+    for entry in run.setting("data", "mixture") or ():
+        name, epochs, weight = (entry.get(key) for key in ("name", "epochs", "weight"))
+        said = f"weight {number(weight)}" if epochs is None else f"{number(epochs)} passes an epoch"
+        own = (reached or {}).get(name, {})
+        rows.append(SourceRow(str(name), str(entry.get("train")), said, own.get("samples"), own.get("epoch")))
+    return sorted(rows, key=lambda row: row.name)
+
+
 def facts(run: RunFolder) -> list[Fact]:
     """Return what ran: name and value."""
     get: Callable[..., Any] = run.setting
@@ -212,7 +236,7 @@ def facts(run: RunFolder) -> list[Fact]:
         found.append(("trained modules", ", ".join(map(str, lora.get("target_modules") or ()))))
     found += [
         ("trained fully", ", ".join(get("model", "train") or ()) or None),
-        ("training data", _with_count(get("data", "train"), last.get("samples_per_epoch"))),
+        ("training data", _with_count(_training_data(run), last.get("samples_per_epoch"))),
         ("validation data", _with_count(get("data", "validation"), last.get("validation_samples"))),
         ("prompt", last.get("prompt")),
         ("pictures", _picture_size(get("data", "image_size"))),
@@ -228,6 +252,11 @@ def facts(run: RunFolder) -> list[Fact]:
         ("revision", last.get("git_revision")),
     ]
     return [(name, str(value)) for name, value in found if value]
+
+
+def _training_data(run: RunFolder) -> str | None:
+    names = [row.name for row in sources(run)]
+    return f"mixture of {', '.join(names)}" if names else run.setting("data", "train")
 
 
 def _with_count(place: str | None, count: int | None) -> str | None:

@@ -239,7 +239,9 @@ class Checkpoints:
             "versions": {package: version(package) for package in _PACKAGES},
             "base": self.base,
             "lora": recipe.lora.model_dump(mode="json") if recipe.lora else None,
-            "data": data_state(state.progress, state.identity),
+            "data": data_state(
+                state.progress, state.identity, state.batches.plan.progress(state.progress.consumed)
+            ),
             "progress": {
                 "global_batch_size": state.batches.layout.global_batch_size,
                 "best_val_loss": state.progress.best_val_loss,

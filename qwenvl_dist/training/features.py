@@ -64,7 +64,7 @@ def check_frozen(recipe: Recipe, trained: Iterable[str]) -> None:
     moving = [name for name in trained if part_of(name) in ("vision", "merger")]
     if moving:
         raise UserError(
-            f"data.train = {recipe.data.train}: holds features of a frozen vision tower, but {len(moving)} of its "
+            f"{recipe.data.training_sets[0]}: holds features of a frozen vision tower, but {len(moving)} of its "
             f"parameters would train, first {moving[0]}; train on the pictures themselves, or take vision and merger "
             "out of model.train and lora.target_modules"
         )

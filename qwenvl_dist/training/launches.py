@@ -20,7 +20,7 @@ from qwenvl_dist.data.plan import Place
 from qwenvl_dist.training.history import JsonLines
 
 if TYPE_CHECKING:
-    from qwenvl_dist.data.source import ShardSet
+    from qwenvl_dist.data.source import Shards
     from qwenvl_dist.training.state import TrainState
 
 LAUNCHES = "launches.jsonl"
@@ -98,7 +98,7 @@ def git_revision() -> str | None:
         return None
 
 
-def first_prompt(shards: ShardSet) -> str | None:
+def first_prompt(shards: Shards) -> str | None:
     """Return what the user says in the first sample, None when that cannot be read."""
     sizes = shards.manifest.shard_sizes
     if not sizes.sum():

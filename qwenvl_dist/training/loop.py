@@ -156,12 +156,12 @@ def handle_bad_samples(state: TrainState, bad: list[Any], history: RunHistory) -
             "step %d: bad sample %s in %s left out: %s", step, record.key, record.shard, record.reason
         )
     budget = state.recipe.data.bad_sample_budget
-    allowed = -int(-budget * state.identity.samples_per_epoch // 1)
+    allowed = -int(-budget * state.identity.samples // 1)
     if len(state.progress.bad_samples) > allowed:
         (shard, key), reason = list(state.progress.bad_samples.items())[-1]
         raise CheckFailed(
             f"step {step}: {len(state.progress.bad_samples)} bad samples, {allowed} allowed (data.bad_sample_budget = "
-            f"{budget} of {state.identity.samples_per_epoch}); the last is {key} in {shard}: {reason}; "
+            f"{budget} of {state.identity.samples}); the last is {key} in {shard}: {reason}; "
             "repair the shards (qwenvl-dist shards verify names them all) or raise the budget"
         )
 

@@ -122,6 +122,12 @@ class Metrics:
             "target_tokens": self._target_tokens,
         }
         values |= {f"{what}_samples": count for what, count in progress.adjusted.items() if count}
+        sources = state.batches.plan.progress(progress.consumed)
+        if sources:
+            values["sources"] = {
+                name: {"samples": source.samples, "epoch": round(source.passes, 6)}
+                for name, source in sources.items()
+            }
         if all(peaks):
             values["mfu"] = sum(flops) / wall / sum(peaks)
         if len(paces) > 1:

@@ -5,10 +5,13 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 import sys
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qwenvl_dist.data.cache import GIB, ShardCache
+from qwenvl_dist.data.joined import open_training_sets
+from qwenvl_dist.data.mixture import make_plan, samples_per_epoch
 from qwenvl_dist.data.plan import RunPlan, StepLayout
 from qwenvl_dist.data.sizes import ImageSizeRule
 from qwenvl_dist.data.source import ShardSet
@@ -35,7 +38,7 @@ from qwenvl_dist.training.metrics import Metrics
 from qwenvl_dist.training.optim import make_optimizer
 from qwenvl_dist.training.output_folder import ranks_elsewhere, set_aside_earlier_run
 from qwenvl_dist.training.pace import Pace
-from qwenvl_dist.training.state import DataIdentity, TrainState
+from qwenvl_dist.training.state import DataIdentity, SourceIdentity, TrainState
 from qwenvl_dist.training.tracking import start_trackers
 
 if TYPE_CHECKING:
@@ -97,13 +100,13 @@ def open_streams(
             processor, rule, data.max_length, data.resize == "exact", mark, width, data.over_length
         )
 
-    shards = open_shards(data, data.train)
-    encoder = encoder_of(shards, f"data.train = {data.train}")
-    plan = RunPlan(
-        shards.manifest.shard_sizes, seed=data.seed, window=data.shuffle_window, epochs=train_config.epochs
-    )
-    if not plan.samples_per_epoch:
-        raise UserError(f"data.train = {data.train}: holds no samples; pack some first")
+    shards = open_training_sets(data, partial(open_shards, data))
+    manifests = [part.manifest for part in shards.parts]
+    counts = samples_per_epoch(data, [manifest.samples for manifest in manifests])
+    encoders = [
+        encoder_of(part, str(each)) for part, each in zip(shards.parts, data.training_sets, strict=True)
+    ]
+    plan = make_plan(data, [manifest.shard_sizes for manifest in manifests], counts, train_config.epochs)
     accumulation = recipe.grad_accum_steps(topology.world_size)
     layout = StepLayout(topology.world_size, data.micro_batch_size, accumulation)
     options: Any = {
@@ -114,9 +117,14 @@ def open_streams(
         "visual_token_budget": data.micro_batch_visual_tokens,
         "drawn_caption_mark": data.caption_mark if data.captions_mode == "sample" else None,
     }
-    batches = CaptionStream(shards, plan, layout, encoder, **options)
+    batches = CaptionStream(shards, plan, layout, encoders[0], **options)
+    sources = {
+        each.name: SourceIdentity(manifest.fingerprint, manifest.samples, count)
+        for each, manifest, count in zip(data.training_sets, manifests, counts, strict=True)
+        if data.mixture
+    }
     identity = DataIdentity(
-        shards.manifest.fingerprint, data.seed, data.shuffle_window, plan.samples_per_epoch
+        shards.manifest.fingerprint, data.seed, data.shuffle_window, plan.samples_per_epoch, sources
     )
     validation = None
     if data.validation:
@@ -184,13 +192,13 @@ def apply_max_steps(state: TrainState) -> None:
 
 def check_recipe_paths(recipe: Recipe) -> None:
     """Tell what a look at disk and data tells, before ranks are joined and a model is loaded. Raises UserError."""
-    for key in ("train", "validation"):
-        place = getattr(recipe.data, key)
-        if place:
-            try:
-                open_shards(recipe.data, place)
-            except UserError as error:
-                raise UserError(f"data.{key}: {error}") from error
+    shards = open_training_sets(recipe.data, partial(open_shards, recipe.data))
+    samples_per_epoch(recipe.data, [part.manifest.samples for part in shards.parts])
+    if recipe.data.validation:
+        try:
+            open_shards(recipe.data, recipe.data.validation)
+        except UserError as error:
+            raise UserError(f"data.validation: {error}") from error
     if recipe.data.cache_dir:
         ShardCache(Path(recipe.data.cache_dir), 0).prepare()
     if recipe.eval.every_steps is not None:

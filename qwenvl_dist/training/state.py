@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from qwenvl_dist.data.batch import Adjustment, BadSampleRecord
-from qwenvl_dist.data.plan import PLAN_VERSION
+from qwenvl_dist.data.plan import PLAN_VERSION, SourceProgress
 from qwenvl_dist.errors import UserError
 from qwenvl_dist.outcome import Outcome
 from qwenvl_dist.startup import StartUp
@@ -48,6 +49,15 @@ class Progress:
         return fresh
 
 
+@dataclass(frozen=True)
+class SourceIdentity:
+    """The same of one data set of a mixture."""
+
+    fingerprint: str
+    samples: int  # that it holds
+    samples_per_epoch: int  # of the run
+
+
 @dataclass
 class DataIdentity:
     """What makes a position mean the same sample: a resume checks that none of it has changed."""
@@ -56,14 +66,44 @@ class DataIdentity:
     seed: int
     shuffle_window: int
     samples_per_epoch: int
+    sources: dict[str, SourceIdentity] = field(default_factory=dict)  # of a mixture, by name
     plan_version: int = PLAN_VERSION
 
+    @property
+    def samples(self) -> int:
+        """Return how many distinct samples there are."""
+        return sum(source.samples for source in self.sources.values()) or self.samples_per_epoch
 
-def data_state(progress: Progress, identity: DataIdentity) -> dict[str, Any]:
-    """Return the data part of a checkpoint's manifest."""
+    def changed_from(self, data: dict[str, Any]) -> str | None:
+        """Return the first thing that differs in the data part of a checkpoint's manifest, None where nothing does."""
+        before = data.get("sources", {})  # checkpoints of before have none
+        for name in sorted({*before, *self.sources}):
+            if name not in before or name not in self.sources:
+                return f"the mixture had {_names(before)} and now has {_names(self.sources)}"
+            for key, value in vars(self.sources[name]).items():
+                if before[name][key] != value:
+                    return f"{key.replace('_', ' ')} of {name} was {before[name][key]} and is now {value}"
+        for key, value in vars(self).items():
+            if key != "sources" and data[key] != value:
+                return f"data {key} was {data[key]} and is now {value}"
+        return None
+
+
+def _names(sources: Collection[str]) -> str:
+    return ", ".join(sorted(sources)) or "no sources"
+
+
+def data_state(
+    progress: Progress, identity: DataIdentity, sources: dict[str, SourceProgress] | None = None
+) -> dict[str, Any]:
+    """Return the data part of a checkpoint's manifest; `sources` is how far each data set of a mixture is."""
     epoch, offset = divmod(progress.consumed, max(1, identity.samples_per_epoch))
     return {
         **vars(identity),
+        "sources": {
+            name: {**vars(source), "consumed_in_run": (sources or {})[name].samples}
+            for name, source in identity.sources.items()
+        },
         "epoch": epoch,
         "consumed": offset,
         "consumed_in_run": progress.consumed,
@@ -75,12 +115,12 @@ def data_state(progress: Progress, identity: DataIdentity) -> dict[str, Any]:
 def restore_progress(manifest: dict[str, Any], identity: DataIdentity, folder: str) -> Progress:
     """Return the progress that a manifest describes. Raises UserError when its data is not this run's data."""
     data = manifest["data"]
-    for key, value in vars(identity).items():
-        if data[key] != value:
-            raise UserError(
-                f"resume from {folder}: data {key} was {data[key]} and is now {value}, so positions name others; "
-                "restore the data and recipe of that run, or set train.resume=never with another train.output_dir"
-            )
+    changed = identity.changed_from(data)
+    if changed:
+        raise UserError(
+            f"resume from {folder}: {changed}, so positions name others; "
+            "restore the data and recipe of that run, or set train.resume=never with another train.output_dir"
+        )
     return Progress(
         step=manifest["step"],
         consumed=data["consumed_in_run"],

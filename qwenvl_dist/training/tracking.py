@@ -57,7 +57,7 @@ def run_config(state: TrainState, launch: Mapping[str, Any]) -> dict[str, Any]:
     lora = recipe.lora
     named = {
         "model": recipe.model.base,
-        "dataset": recipe.data.train,
+        "dataset": recipe.data.training_places,
         "prompt": launch["prompt"],
         "train_data_number": state.identity.samples_per_epoch,
         "lora_rank": lora.rank if lora else None,

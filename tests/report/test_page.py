@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from qwenvl_dist.__main__ import main
+from qwenvl_dist.config import make_recipe
 from qwenvl_dist.report.charts import MOST_POINTS, Curve, draw
 from qwenvl_dist.report.folder import RunFolder
 from qwenvl_dist.report.page import report_page
@@ -180,3 +181,23 @@ def test_a_curve_of_a_long_run_stays_small_and_keeps_its_mean() -> None:
 def test_a_gap_in_a_curve_is_left_out() -> None:
     steps, values = Curve("norm", [1, 2, 3], [1.0, None, 3.0]).thinned()
     assert steps.tolist() == [1, 3] and values.tolist() == [1.0, 3.0]
+
+
+def test_the_sources_of_a_mixture_are_told_one_by_one(tmp_path: Path) -> None:
+    run = write_bare_run(tmp_path / "run")
+    assert "Sources" not in report_page(RunFolder.read(run), 0)
+    entries = [
+        {"name": "boxes", "train": "shards/boxes", "epochs": 0.5},
+        {"name": "captions", "train": "shards/captions", "epochs": 2},
+    ]
+    (run / "recipe.yaml").write_text(make_recipe({"data": {"mixture": entries}}, "a test").to_yaml())
+    with (run / "metrics.jsonl").open("a") as file:
+        reached = {"boxes": {"samples": 1300, "epoch": 3.25}, "captions": {"samples": 5200, "epoch": 13.0}}
+        file.write("\n" + json.dumps({"step": 9, "loss": 1.0, "sources": reached}) + "\n")
+    text = Page(report_page(RunFolder.read(run), 0)).text
+    for said in (
+        "boxes 0.5 passes an epoch 1,300 3.25 shards/boxes",
+        "captions 2 passes an epoch 5,200 13 shards/captions",
+        "training data mixture of boxes, captions",
+    ):
+        assert said in text, said

@@ -90,7 +90,9 @@ def logged(monkeypatch: pytest.MonkeyPatch, names: tuple[str, str]) -> dict[str,
         engine=SimpleNamespace(get_global_grad_norm=lambda: 1.0),
         progress=SimpleNamespace(step=1, consumed=8, bad_samples={}, adjusted={}),
         identity=SimpleNamespace(samples_per_epoch=8),
-        batches=SimpleNamespace(layout=SimpleNamespace(steps=lambda _: 0)),
+        batches=SimpleNamespace(
+            layout=SimpleNamespace(steps=lambda _: 0), plan=SimpleNamespace(progress=lambda _: {})
+        ),
         total_samples=8,
         pace=SimpleNamespace(take=lambda: 0.5),
     )
