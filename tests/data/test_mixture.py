@@ -16,7 +16,7 @@ from qwenvl_dist.config import DataConfig, SourceConfig
 from qwenvl_dist.data.cache import ShardCache
 from qwenvl_dist.data.joined import JoinedShards
 from qwenvl_dist.data.mixture import Interleave, MixturePlan, Source, make_plan, samples_per_epoch
-from qwenvl_dist.data.plan import RunPlan, StepLayout
+from qwenvl_dist.data.plan import Place, RunPlan, StepLayout
 from qwenvl_dist.data.source import PlannedSource, SampleLengths, Shards, ShardSet
 from qwenvl_dist.errors import UserError
 
@@ -211,3 +211,15 @@ def test_joined_shards_are_read_through_the_cache_as_without_it(
     assert len(counts) == 52 and sum(counts.values()) == 140
     assert {counts[key] for key in counts if key.startswith("scenes/")} == {2}
     assert {counts[key] for key in counts if key.startswith("held-out/")} == {5}
+
+
+def test_each_sample_takes_each_of_its_captions_once_before_any_again() -> None:
+    plan = mixture_of({"a": [5], "b": [4, 0, 3]}, [10, 7], epochs=9)
+    drawn: dict[Place, list[int]] = {}
+    for position, (shard, sample) in enumerate(zip(*plan.find(np.arange(plan.total_samples)), strict=True)):
+        place = Place(int(shard), int(sample))
+        drawn.setdefault(place, []).append(plan.draw(position, place, 3))
+    assert {place.shard: len(turns) for place, turns in drawn.items()} == {0: 18, 1: 9, 3: 9}
+    for turns in drawn.values():
+        assert all(sorted(turns[i : i + 3]) == [0, 1, 2] for i in range(0, len(turns), 3))
+    assert len({tuple(turns[:9]) for turns in drawn.values()}) > 6  # in an order of its own
