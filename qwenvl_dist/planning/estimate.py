@@ -8,6 +8,7 @@ from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 from qwenvl_dist.config import PROJECTIONS
+from qwenvl_dist.data.plan import StepLayout
 from qwenvl_dist.distributed import read_deepspeed_file, shipped_deepspeed_config
 from qwenvl_dist.errors import UserError
 from qwenvl_dist.model.flops import count_work
@@ -213,7 +214,7 @@ def plan(
                 break
     return Plan(
         recipe, gpus, nodes, facts.gpu_memory, parameters, data, choices,
-        _checkpoints(recipe, parameters, data, world_size, facts.number_bytes),
+        _checkpoints(recipe, parameters, data.total_steps, world_size),
         _arithmetic(facts, samples, data, gpu, rate, mfu), micro_batch, checkpointing,
     )  # fmt: skip
 
@@ -244,7 +245,7 @@ class _Facts:
 
     @property
     def number_bytes(self) -> int:
-        return 2 if self.recipe.model.dtype == "bfloat16" else 4
+        return number_bytes_of(self.recipe)
 
     @property
     def world_size(self) -> int:
@@ -311,7 +312,7 @@ def kernels_of(recipe: Recipe, parameters: list[Parameter], stage: int, on_cpu: 
         p.trains and p.name.startswith("model.visual.") for p in parameters
     )
     return Kernels(
-        number_bytes=2 if recipe.model.dtype == "bfloat16" else 4,
+        number_bytes=number_bytes_of(recipe),
         on_cpu=on_cpu,
         fast=fusable,
         fused=fusable and stage != 3,
@@ -357,21 +358,39 @@ def zero_settings(recipe: Recipe, hidden: int) -> list[tuple[str, ZeroSettings, 
     return found
 
 
+def checkpoints_of(recipe: Recipe, world_size: int, samples_per_epoch: int) -> Checkpoints:
+    """Return what a run writes, from config.json and the number of samples alone.
+
+    Raises UserError when config.json cannot be read, or the global batch cannot be dealt.
+    """
+    shape = shape_of(read_config(recipe.model.base), recipe.model.base)
+    layout = StepLayout(world_size, recipe.data.micro_batch_size, recipe.grad_accum_steps(world_size))
+    steps = layout.steps(samples_per_epoch * recipe.train.epochs)
+    if recipe.train.max_steps is not None:
+        steps = min(steps, recipe.train.max_steps)
+    return _checkpoints(recipe, parameters_of(shape, recipe), steps, world_size)
+
+
 def _checkpoints(
-    recipe: Recipe, parameters: list[Parameter], data: DataFacts, world_size: int, number_bytes: int
+    recipe: Recipe, parameters: list[Parameter], total_steps: int, world_size: int
 ) -> Checkpoints:
     groups = optimizer_groups(parameters, recipe.optim)
     trained = sum(-(-sum(p.numel for p in group) // world_size) * world_size for group in groups)
     side = side_files_bytes(base_folder_of(recipe.model.base))
     train = recipe.train
     every = train.checkpoint_every_steps
-    written = data.total_steps // every + bool(data.total_steps % every)
+    written = total_steps // every + bool(total_steps % every)
     return Checkpoints(
-        bytes=(number_bytes + OPTIMIZER_BYTES) * trained + side,
+        bytes=(number_bytes_of(recipe) + OPTIMIZER_BYTES) * trained + side,
         files=2 * world_size + SIDE_FILES,
         written=written,
         on_disk=min(written, train.keep_checkpoints + bool(recipe.data.validation) + 1),
     )
+
+
+def number_bytes_of(recipe: Recipe) -> int:
+    """Return the bytes of an element of model.dtype."""
+    return 2 if recipe.model.dtype == "bfloat16" else 4
 
 
 def _arithmetic(

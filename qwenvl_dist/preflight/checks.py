@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from qwenvl_dist.distributed import HostGroup, Topology
     from qwenvl_dist.model.base_folder import BaseFolder
     from qwenvl_dist.planning import Plan
-    from qwenvl_dist.planning.samples import Samples
+    from qwenvl_dist.planning.estimate import Checkpoints as PlannedCheckpoints
     from qwenvl_dist.training.state import TrainState
 
 
@@ -159,11 +159,15 @@ class Context:
         return plan(self.recipe, gpus, self.host.world_size // gpus, on_cpu=not has_gpu())
 
     @cached_property
-    def samples(self) -> Samples:
-        """Return what the indexes tell of the samples."""
-        from qwenvl_dist.planning.samples import look_at
+    def checkpoints(self) -> PlannedCheckpoints:
+        """Return what the run writes, of which the manifests tell enough: no index is read."""
+        from qwenvl_dist.data.mixture import samples_per_epoch
+        from qwenvl_dist.planning.estimate import checkpoints_of
 
-        return look_at(self.recipe, self.host.world_size)[1]
+        held = [part.manifest.samples for part in self.shards.parts]
+        return checkpoints_of(
+            self.recipe, self.host.world_size, sum(samples_per_epoch(self.recipe.data, held))
+        )
 
     @cached_property
     def shards(self) -> Shards:

@@ -270,7 +270,7 @@ def disk_space(context: Context) -> Verdict:
         place = place.parent
     # What an earlier start has left is rotated away, or is a part of what the plan counts.
     own = sum(path.stat().st_size for path in (context.run / "checkpoints").rglob("*") if path.is_file())
-    written = context.plan.checkpoints
+    written = context.checkpoints
     needed = max(0, written.disk_bytes - own)
     free = shutil.disk_usage(place).free
     room, wanted = describe_bytes(free), describe_bytes(needed)

@@ -68,7 +68,7 @@ def write_speed(context: Context) -> Verdict:
     """A checkpoint is written in reasonable time."""
     if not _writes(context):
         return ok("rank 0 looks")
-    size = context.plan.checkpoints.bytes
+    size = context.checkpoints.bytes
     folder = _scratch(context)
     try:
         folder.mkdir(parents=True)

@@ -306,9 +306,7 @@ def test_parts_of_the_peak_add_up(scenes_base: Path, scene_shards: Path) -> None
 # --- the command ---
 
 
-def test_the_command_needs_no_torch(
-    scenes_base: Path, scene_shards: Path, tmp_path: Path
-) -> None:
+def test_the_command_needs_no_torch(scenes_base: Path, scene_shards: Path, tmp_path: Path) -> None:
     path = tmp_path / "recipe.yaml"
     path.write_text(yaml.safe_dump(recipe_of(scenes_base, scene_shards).to_dict()))
     code = (

@@ -233,7 +233,7 @@ def test_disk_space_counts_what_an_earlier_start_left(
     scenes_base: Path, scene_shards: Path, small_disk: Path
 ) -> None:
     context = context_of(scenes_base, scene_shards, small_disk / "run")
-    needed = context.plan.checkpoints.disk_bytes
+    needed = context.checkpoints.disk_bytes
     checkpoints = small_disk / "run" / "checkpoints" / "step-00000001"
     checkpoints.mkdir(parents=True)
     with (checkpoints / "weights").open("wb") as file:
@@ -243,7 +243,7 @@ def test_disk_space_counts_what_an_earlier_start_left(
 
 def test_inodes(scenes_base: Path, scene_shards: Path, small_disk: Path) -> None:
     context = context_of(scenes_base, scene_shards, small_disk / "run")
-    context.plan.checkpoints.__dict__.update(bytes=1)
+    context.checkpoints.__dict__.update(bytes=1)
     for number in range(90):
         (small_disk / str(number)).touch()
     assert_found(find("disk_space", context), "fail", "inodes free", "train.output_dir")
@@ -283,7 +283,7 @@ def test_write_speed(context: Context, monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(os, "fsync", slow)
     monkeypatch.setattr(storage, "WRITE_BYTES", 1 << 20)  # 2 MB/s
-    context.plan.checkpoints.__dict__.update(bytes=1 << 30)
+    context.checkpoints.__dict__.update(bytes=1 << 30)
     assert_found(
         find("write_speed", context), "warn", "a checkpoint of 1024 MiB takes", "train.checkpoint_async"
     )
