@@ -20,6 +20,11 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
         "--kills", type=int, default=6, help="SIGKILLs in the checkpoint drill, over both stages"
     )
+    parser.addoption(
+        "--all-shapes",
+        action="store_true",
+        help="compare plans with trunc2b too, which takes ten minutes and 14 GiB",
+    )
 
 
 @pytest.fixture(scope="session")

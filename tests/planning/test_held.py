@@ -95,4 +95,5 @@ def test_a_rank_of_larger_bases_holds_what_is_said(
         write_recipe(tmp_path, f"{name}-zero{stage}", larger_base, photo_shards, stage, model=model)
         for stage in (1, 2, 3)
     ]
-    compare(recipes, world_size, tmp_path, timeout=500)
+    for recipe in recipes:  # each in processes of its own: four with two such models would fill 24 GiB
+        compare([recipe], world_size, tmp_path, timeout=300)
