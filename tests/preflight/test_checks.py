@@ -197,10 +197,24 @@ def test_locked_memory(
     assert_found(find("limits", context), "warn", "locked memory 64 KiB", "ulimit -l unlimited")
 
 
-def test_shared_memory(context: Context, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("mib", "status"), [(64, "fail"), (100, "warn"), (200, "ok")])
+def test_shared_memory(
+    scenes_base: Path,
+    scene_shards: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    mib: int,
+    status: str,
+) -> None:
     usage = namedtuple("usage", "total used free")
-    monkeypatch.setattr(shutil, "disk_usage", lambda place: usage(64 << 20, 63 << 20, 1 << 20))
-    assert_found(find("shared_memory", context), "fail", "0.06 GiB needed by 1 ranks", "--shm-size")
+    monkeypatch.setattr(shutil, "disk_usage", lambda place: usage(1 << 40, 0, mib << 20))
+    context = context_of(scenes_base, scene_shards, tmp_path / "run", FakeHost(2))
+    remedy = "" if status == "ok" else "--shm-size"
+    assert_found(
+        find("shared_memory", context), status, f"{mib}.0 MiB free in /dev/shm, 66.0 MiB for 2 ranks", remedy
+    )
+    alone = context_of(scenes_base, scene_shards, tmp_path / "run")
+    assert find("shared_memory", alone).status == Status.OK  # Docker's 64 MiB are enough
 
 
 def test_compiled_ops(context: Context, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
