@@ -194,12 +194,16 @@ def _skeleton_bytes(pictures: int) -> int:
     return len(json.dumps({"messages": messages, "image_id": 100000, "source": "coco"}))
 
 
-def _describe(data: DataConfig, indexes: Sequence[ShardIndex], weights: NDArray[np.float64]) -> Samples:
+def size_rule_of(data: DataConfig) -> ImageSizeRule:
+    """Return the size of the recipe's pictures by Qwen2-VL's own patches, for which no processor is loaded."""
     size = data.picture_size
     if isinstance(size, int):
-        rule = ImageSizeRule(side=size)
-    else:
-        rule = ImageSizeRule(None, size.min_pixels, size.max_pixels, max_visual_tokens=data.max_visual_tokens)
+        return ImageSizeRule(side=size)
+    return ImageSizeRule(None, size.min_pixels, size.max_pixels, max_visual_tokens=data.max_visual_tokens)
+
+
+def _describe(data: DataConfig, indexes: Sequence[ShardIndex], weights: NDArray[np.float64]) -> Samples:
+    rule = size_rule_of(data)
     visual, text, prompts, counts, by_picture = [], [], [], [], []
     for index in indexes:
         tokens = estimated_tokens(index, rule.visual_tokens, rule.max_visual_tokens)

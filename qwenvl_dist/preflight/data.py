@@ -10,10 +10,16 @@ import numpy as np
 from numpy.typing import NDArray
 
 from qwenvl_dist.data.mixture import samples_per_epoch
-from qwenvl_dist.data.sizes import ImageSizeRule, estimated_tokens
+from qwenvl_dist.data.sizes import estimated_tokens
 from qwenvl_dist.data.verify import verify_shard
 from qwenvl_dist.errors import UserError
-from qwenvl_dist.planning.samples import CHAT_TOKENS, PICTURE_TOKENS, chosen_shards, sample_weights
+from qwenvl_dist.planning.samples import (
+    CHAT_TOKENS,
+    PICTURE_TOKENS,
+    chosen_shards,
+    sample_weights,
+    size_rule_of,
+)
 from qwenvl_dist.preflight.checks import Context, Verdict, fail, ok, warn
 
 if TYPE_CHECKING:
@@ -96,17 +102,9 @@ def _indexes(context: Context) -> Iterator[tuple[int, ShardIndex]]:
             yield number, shards.index(number)
 
 
-def _rule(context: Context) -> ImageSizeRule:
-    data = context.recipe.data
-    size = data.picture_size
-    if isinstance(size, int):
-        return ImageSizeRule(side=size)
-    return ImageSizeRule(None, size.min_pixels, size.max_pixels, max_visual_tokens=data.max_visual_tokens)
-
-
 def _tokens(context: Context) -> tuple[NDArray[np.int64], list[tuple[str, ShardIndex]]]:
     """Return (samples, 2) visual and text tokens of the samples of the indexes."""
-    rule = _rule(context)
+    rule = size_rule_of(context.recipe.data)
     names = [entry.name for entry in context.shards.manifest.shards]
     found = [(names[number], index) for number, index in _indexes(context)]
     if not found:
