@@ -19,6 +19,7 @@ from urllib.parse import urlsplit
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
+from qwenvl_dist.data.captions import CaptionsMode, attention_conflict
 from qwenvl_dist.errors import UserError
 
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -206,9 +207,10 @@ class DataConfig(_Section):
     image_size: int | PixelRange = 280  # pixels a side (square, as in the article), or a range
     # Torch's fixed-point bicubic, or Pillow's own: five times the time for one level of difference now and then.
     resize: Literal["fast", "exact"] = "fast"
-    # each: the captions of a photo behind one prefix, each as if it were alone; sample: one of them an epoch
-    captions_mode: Literal["join", "each", "sample"] = "join"
-    caption_mark: Annotated[str, Field(min_length=1)] = "&&"  # what separates captions in the shards' text
+    # None: as the shards were packed for (`shards pack --captions-mode`), else join
+    captions_mode: CaptionsMode | None = None
+    # What separates captions in the shards' text; None: what they were packed with, else &&.
+    caption_mark: Annotated[str, Field(min_length=1)] | None = None
     max_length: Annotated[int, Field(ge=16)] = 8192  # tokens; only caption tokens are ever cut
     # Of a sample above max_length: cut the end of its answer, drop the sample, or shrink its pictures until it fits.
     over_length: OverLength = "cut"
@@ -449,16 +451,10 @@ class Recipe(_Section):
                 f"eval.every_steps is {self.eval.every_steps}, but data.validation is missing: name the shards whose "
                 "photos are to be captioned, or drop eval.every_steps"
             )
-        if self.data.captions_mode == "each" and self.model.attention == "flash_attention_2":
-            raise ValueError(
-                "data.captions_mode = each needs a mask, which flash_attention_2 does not take; "
-                "set model.attention to auto or sdpa, or captions_mode to join"
-            )
-        if self.data.captions_mode != "each" and self.model.attention == "flex_attention":
-            raise ValueError(
-                "model.attention = flex_attention is for the mask of data.captions_mode = each; "
-                "set model.attention to auto, or captions_mode to each"
-            )
+        mode = self.data.captions_mode
+        conflict = None if mode is None else attention_conflict(self.model.attention, mode)
+        if conflict:
+            raise ValueError(conflict)
         if self.lora is None and not self.model.train:
             raise ValueError(
                 "nothing would train: lora is null and model.train is empty; "

@@ -135,7 +135,9 @@ def test_contradictory_sections_are_refused_with_both_sides_named(tmp_path: Path
     assert "nothing would train: lora is null and model.train is empty; name parts of vision" in nothing
     ratio = error_of(tmp_path, DATA + "lora: null\nmodel: {train: [merger]}\noptim: {lora_plus_ratio: 16}\n")
     assert "optim.lora_plus_ratio is 16, but lora is null" in ratio and "drop the ratio" in ratio
-    flex = error_of(tmp_path, DATA + "model: {attention: flex_attention}\n")
+    flex = error_of(
+        tmp_path, "data: {train: shards, captions_mode: join}\nmodel: {attention: flex_attention}\n"
+    )
     assert "flex_attention is for the mask of data.captions_mode = each" in flex and "auto" in flex
     both = error_of(tmp_path, DATA + "model: {train: [language]}\n")
     assert "model.train names `language` while lora is on" in both and "write `lora: null`" in both
@@ -239,7 +241,7 @@ def test_defaults_are_the_articles_run(tmp_path: Path) -> None:
     )  # fmt: skip
     assert recipe.to_dict()["data"] == {
         "train": "shards", "mixture": [], "validation": None, "image_size": 280, "resize": "fast",
-            "captions_mode": "join", "caption_mark": "&&", "max_length": 8192,
+            "captions_mode": None, "caption_mark": None, "max_length": 8192,
         "over_length": "cut", "max_visual_tokens": None, "micro_batch_visual_tokens": None,
         "micro_batch_size": 4, "workers": 2, "seed": 0, "shuffle_window": 64,
         "length_grouping": True, "ledger": False, "bad_sample_budget": 0.001,

@@ -33,7 +33,7 @@ from qwenvl_dist.model.lora import set_activation_checkpointing
 from qwenvl_dist.startup import StartUp
 from qwenvl_dist.synthetic.scenes import write_scenes
 from qwenvl_dist.training.mfu import base_model, usable_peak, work_of
-from qwenvl_dist.training.run import assemble, open_streams
+from qwenvl_dist.training.run import assemble, open_data, open_streams
 from qwenvl_dist.training.state import TrainState
 from qwenvl_dist.training.step import train_step
 
@@ -97,7 +97,7 @@ def measure(
             if batches.shards.manifest.features is not None:
                 data = recipe.data.model_copy(update={"train": str(pictures)})
                 plain = recipe.model_copy(update={"data": data})
-                batches, *_ = open_streams(plain, state.topology, state.processor, base)
+                batches, *_ = open_streams(*open_data(plain), state.topology, state.processor, base)
             write_trainer_inputs(state, batches, total, folder / "inputs.pt")
             process = TrainerProcess(base, recipe, folder / "inputs.pt", total + 1, torch.get_num_threads())
             trainer = stack.enter_context(process)

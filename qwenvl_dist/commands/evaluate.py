@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qwenvl_dist.commands import generation_options as options
+from qwenvl_dist.data.captions import DEFAULT_JOIN
 from qwenvl_dist.errors import UserError
 
 if TYPE_CHECKING:
@@ -64,7 +65,9 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
         help="of an answer: its first caption, or the whole text (default: first)",
     )
     parser.add_argument(
-        "--caption-mark", metavar="TEXT", default="&&", help="what separates captions (default: %(default)s)"
+        "--caption-mark",
+        metavar="TEXT",
+        help="what separates captions (default: what --shards were packed with)",
     )
     options.add_to(parser)
     parser.set_defaults(run=run)
@@ -77,19 +80,19 @@ def run(args: argparse.Namespace) -> int:
     if args.task == "grounding" and (args.scores, args.scored, args.caption_mark) != (
         DEFAULT_SCORES,
         "first",
-        "&&",
+        None,
     ):
         raise UserError(
             "--scores, --scored and --caption-mark are for captions; they do not go with --task grounding"
         )
-    if not args.caption_mark.strip():
+    if args.caption_mark is not None and not args.caption_mark.strip():
         raise UserError("--caption-mark: is empty; name what separates captions, such as &&")
     from qwenvl_dist.data.index import Manifest
     from qwenvl_dist.distributed import host_ranks_or_one
     from qwenvl_dist.evaluate.results import PAGE
     from qwenvl_dist.evaluate.run import Scoring, ShardEvaluation, evaluate, models_to_compare
 
-    Manifest.load(args.shards)  # its faults come up before the model is loaded
+    manifest = Manifest.load(args.shards)  # its faults come up before the model is loaded
     try:
         args.out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -116,7 +119,7 @@ def run(args: argparse.Namespace) -> int:
             args.out,
             title=_title(args),
             max_new_tokens=args.max_new_tokens,
-            scoring=Scoring(kinds, args.scored, args.caption_mark),
+            scoring=Scoring(kinds, args.scored, args.caption_mark or manifest.captions.mark or DEFAULT_JOIN),
         )
         if host.rank != 0:
             return 0

@@ -49,6 +49,8 @@ def read(args: argparse.Namespace) -> tuple[list[Sample], dict[str, Any]]:
         raise UserError("--captions does not go with --source grounding, which reads --instances")
     if args.join != DEFAULT_JOIN:
         raise UserError("--join does not go with --source grounding: boxes are not joined")
+    if args.captions_mode is not None:
+        raise UserError("--captions-mode does not go with --source grounding: boxes are no captions")
     task = args.task or "both"
     find_prompt, all_prompt = FIND_PROMPT, ALL_PROMPT
     if args.prompt != DEFAULT_PROMPT:

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from qwenvl_dist.commands import grounding
+from qwenvl_dist.data.captions import CAPTIONS_MODES, PackedCaptions
 from qwenvl_dist.data.formats import (
     DEFAULT_JOIN,
     DEFAULT_PROMPT,
@@ -166,10 +167,11 @@ def _run_pack(args: argparse.Namespace) -> int:
     samples: Sequence[Sample] | SampleReader
     if args.source == "grounding":
         samples, packing = grounding.read(args)
+        captions = PackedCaptions()  # boxes are learned as they are
         total = len(samples)
     else:
         grounding.refuse(args)
-        packing = _packing(args)
+        packing, captions = _packing(args), PackedCaptions(args.join, args.captions_mode)
         reader = samples = open_input(args)
         total = len(reader)
         lost = reader.rules.line_breaks_lost
@@ -187,6 +189,7 @@ def _run_pack(args: argparse.Namespace) -> int:
             workers=available_cores() if args.workers is None else args.workers,
             skip_bad=args.skip_bad,
             packing=packing,
+            captions=captions,
             part=part,
             advance=bar.advance,
         )
@@ -268,6 +271,7 @@ def _run_index(args: argparse.Namespace) -> int:
             member=args.text_member,
             caption_field=args.caption_field,
             rules=TextRules(args.prompt, args.join, args.keep_white_space),
+            mode=args.captions_mode,
             workers=available_cores() if args.workers is None else args.workers,
             skip_bad=args.skip_bad,
             advance=bar.advance,
@@ -410,6 +414,12 @@ def _add_text_rules(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--join", default=DEFAULT_JOIN, help="between a picture's captions (default: %(default)r)"
     )
+    parser.add_argument(
+        "--captions-mode", choices=CAPTIONS_MODES,
+        help="how a recipe that does not say it itself (data.captions_mode) learns a picture's captions: as one text, "
+        "each by itself, or one drawn an epoch (default: join); the manifest alone says it, and can be made to say "
+        "another by the same command again",
+    )  # fmt: skip
     parser.add_argument(
         "--keep-white-space", action="store_true",
         help="keep line breaks and runs of spaces inside answers, which else become one space as in captions",

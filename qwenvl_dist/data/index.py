@@ -38,6 +38,7 @@ from safetensors import SafetensorError
 from safetensors.numpy import load as load_columns
 from safetensors.numpy import save as save_columns
 
+from qwenvl_dist.data.captions import PackedCaptions
 from qwenvl_dist.data.foreign import TextForm
 from qwenvl_dist.data.storage import ByteSource, LocalStorage, Storage, StorageError, open_storage
 from qwenvl_dist.errors import UserError
@@ -412,6 +413,8 @@ class Manifest:
     features: dict[str, Any] | None = None
     # How the text members of another program's shards become messages, as the command said it; None: they are ours.
     texts: dict[str, Any] | None = None
+    # Not a part of the fingerprint: neither bytes nor samples depend on it.
+    captions: PackedCaptions = field(default_factory=PackedCaptions)
 
     @property
     def samples(self) -> int:
@@ -489,9 +492,10 @@ class Manifest:
                 dict(content.get("packing") or {}),
                 None if features is None else dict(features),
                 None if texts is None else dict(texts),
+                PackedCaptions.from_json(content.get("captions")),
             )
             stored = (content["samples"], content["fingerprint"])
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise UserError(f"{path}: damaged ({type(error).__name__}: {error}): {remedy}") from None
         for shard in shards:
             if (
@@ -514,7 +518,11 @@ class Manifest:
 
     def to_json(self) -> dict[str, Any]:
         """Return the content of `manifest.json`."""
-        bound = {"features": self.features, "texts": self.texts}
+        bound = {
+            "features": self.features,
+            "texts": self.texts,
+            "captions": self.captions.to_json() or None,
+        }
         return {
             "format": MANIFEST_FORMAT,
             "version": MANIFEST_VERSION,

@@ -16,11 +16,12 @@ import time
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+from qwenvl_dist.data.captions import PackedCaptions
 from qwenvl_dist.data.formats import SAFE_KEY, Sample, SampleReader
 from qwenvl_dist.data.index import (
     MANIFEST_NAME,
@@ -70,6 +71,7 @@ def pack(
     workers: int = 1,
     skip_bad: bool = False,
     packing: dict[str, Any] | None = None,
+    captions: PackedCaptions | None = None,
     part: tuple[int, int] | None = None,
     advance: Callable[[int], None] = lambda n: None,
 ) -> PackReport:
@@ -82,10 +84,11 @@ def pack(
     the same time, leave everything but the manifest, which a call without `part` then adds. It proves each shard.
 
     A picture that cannot be read is a `UserError`; with `skip_bad` its sample is left out, and named in the
-    manifest. `packing` is noted there too. `advance` hears how many samples are done. Nothing that lies in
-    `out` is overwritten unless it was made from these samples. Shards for a URL are first written to the folder for
-    temporary files, all of them.
+    manifest. `packing` and `captions` are noted there too, `captions` anew where all else is there already. `advance`
+    hears how many samples are done. Nothing that lies in `out` is overwritten unless it was made from these samples.
+    Shards for a URL are first written to the folder for temporary files, all of them.
     """
+    captions = captions or PackedCaptions()
     if is_remote(out):
         if part is not None:
             raise UserError(f"--out {out}: a part is packed into a folder that all parts share, not to a URL")
@@ -94,7 +97,7 @@ def pack(
             local = Path(folder, "shards")
             report = pack(
                 samples, local, samples_per_shard=samples_per_shard, workers=workers, skip_bad=skip_bad,
-                packing=packing, advance=advance,
+                packing=packing, captions=captions, advance=advance,
             )  # fmt: skip
             return _publish(report, local, target)
     if samples_per_shard < 1:
@@ -116,6 +119,9 @@ def pack(
         skipped = _unchanged(finished, num_shards, out, _tasks(samples, out, samples_per_shard, skip_bad))
         if skipped is not None:
             advance(len(samples))
+            if finished.captions != captions:
+                finished = replace(finished, captions=captions)
+                finished.write(out)
             return PackReport(finished, 0, len(finished.shards), skipped)
     elif out.is_dir() and not (out / UNFINISHED_NAME).exists():
         others = sorted(path.name for path in out.iterdir())
@@ -134,7 +140,9 @@ def pack(
         skipped = [bad for result in results for bad in result.skipped]
         notes = {**(packing or {}), "samples_per_shard": samples_per_shard}
         manifest = Manifest(
-            [result.entry for result in results], {**notes, "skipped": [vars(bad) for bad in skipped]}
+            [result.entry for result in results],
+            {**notes, "skipped": [vars(bad) for bad in skipped]},
+            captions=captions,
         )
         if finished is not None and finished.fingerprint != manifest.fingerprint:
             raise UserError(f"{out}: holds damaged shards: verify it, remove those it names, and pack again")
@@ -193,7 +201,9 @@ def _publish(report: PackReport, folder: Path, target: FsspecStorage) -> PackRep
                     f"{target.location}: was packed from another input ({finished.samples} samples in "
                     f"{len(finished.shards)} shards): choose another --out, or remove what is there"
                 )
-            return PackReport(finished, 0, len(shards), report.skipped)
+            if finished.captions != report.manifest.captions:
+                target.upload(folder / MANIFEST_NAME, MANIFEST_NAME)
+            return PackReport(report.manifest, 0, len(shards), report.skipped)
         others = sorted(set(there) - set(ours))
         if others:
             raise UserError(

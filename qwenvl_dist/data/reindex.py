@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
+from qwenvl_dist.data.captions import CaptionsMode, PackedCaptions
 from qwenvl_dist.data.foreign import TextForm, prefix_of
 from qwenvl_dist.data.formats import TextRules, parse_sample_json
 from qwenvl_dist.data.index import (
@@ -61,6 +62,7 @@ def reindex(
     member: str | None = None,
     caption_field: str | None = None,
     rules: TextRules,
+    mode: CaptionsMode | None = None,
     workers: int = 1,
     skip_bad: bool = False,
     advance: Callable[[int], None] = lambda n: None,
@@ -69,7 +71,8 @@ def reindex(
 
     `member` and `caption_field` say where the texts are; without them the first sample is looked at. A sample that
     cannot be used is a `UserError`; with `skip_bad` it is left out of the index, and named in the manifest. Where
-    shards use the same keys, each key gets its shard's name in front. `advance` hears of samples.
+    shards use the same keys, each key gets its shard's name in front. `mode` is noted in the manifest.
+    `advance` hears of samples.
     """
     if is_remote(folder):
         raise UserError(f"{folder}: is a URL; shards are indexed where a folder holds them")
@@ -86,7 +89,8 @@ def reindex(
     form = _form_of_first(tars, member, caption_field, rules)
     try:
         with locked(folder / UNFINISHED_NAME), _pending(tars):
-            report = _index_all(folder, tars, form, workers, skip_bad, finished, advance)
+            captions = PackedCaptions(rules.join, mode)
+            report = _index_all(folder, tars, form, captions, workers, skip_bad, finished, advance)
             (folder / UNFINISHED_NAME).unlink()
     except OSError as error:
         raise UserError(
@@ -99,6 +103,7 @@ def _index_all(
     folder: Path,
     tars: list[Path],
     form: TextForm | None,
+    captions: PackedCaptions,
     workers: int,
     skip_bad: bool,
     finished: Manifest | None,
@@ -128,7 +133,7 @@ def _index_all(
         }
         texts = {**texts, "prefix_keys": prefix_keys}
     notes = {"source": "webdataset", "skipped": [vars(bad) for bad in skipped]}
-    manifest = Manifest([one.entry for one in made], notes, texts=texts)
+    manifest = Manifest([one.entry for one in made], notes, texts=texts, captions=captions)
     if finished is not None:
         if finished.fingerprint != manifest.fingerprint:
             raise UserError(
@@ -139,7 +144,9 @@ def _index_all(
             for tar, one in zip(tars, made, strict=True)
         )
         if intact:
-            return ReindexReport(finished, skipped, is_new=False)
+            if finished.captions != captions:
+                manifest.write(folder)
+            return ReindexReport(manifest, skipped, is_new=False)
     for tar in tars:
         _pending_path(tar).replace(index_path(tar))
     fsync(folder)

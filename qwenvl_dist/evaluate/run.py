@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from qwenvl_dist.config import DataConfig
+from qwenvl_dist.data.captions import DEFAULT_JOIN
 from qwenvl_dist.data.index import BadSample
 from qwenvl_dist.data.plan import RunPlan, StepLayout, first_samples
 from qwenvl_dist.data.prompts import PromptStream
@@ -53,7 +53,7 @@ class Scoring:
 
     kinds: Sequence[str] = KINDS
     scored: Scored = "first"
-    mark: str = DataConfig().caption_mark  # between the captions of an answer, and of a reference
+    mark: str = DEFAULT_JOIN  # between the captions of an answer, and of a reference
 
 
 class ShardEvaluation:

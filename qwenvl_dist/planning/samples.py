@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from qwenvl_dist.data.captions import as_packed
 from qwenvl_dist.data.index import Manifest, ShardIndex, read_shard_index
 from qwenvl_dist.data.mixture import make_plan, samples_per_epoch
 from qwenvl_dist.data.plan import Plan, StepLayout, deal_by_budget, deal_by_length
@@ -91,8 +92,9 @@ def look_at(recipe: Recipe, world_size: int) -> tuple[DataFacts, Samples]:
 
     Raises UserError when manifest or indexes cannot be read, or the global batch cannot be dealt.
     """
+    manifests, indexes = _read(recipe.data)
+    recipe = as_packed(recipe, manifests)
     data, train = recipe.data, recipe.train
-    manifests, indexes = _read(data)
     counts = samples_per_epoch(data, [manifest.samples for manifest in manifests])
     sizes = [np.array([len(index) for index in part], np.int64) for part in indexes]
     weights = sample_weights(counts, [int(part.sum()) for part in sizes])

@@ -138,7 +138,9 @@ def encode(
         ordered = [result for _, result in sorted(every, key=lambda item: item[0])]
         bad = [each for result in ordered for each in result.bad]
         notes = {**made_from, "bad": [vars(each) for each in bad]}
-        manifest = Manifest([result.entry for result in ordered], notes, binding)
+        manifest = Manifest(
+            [result.entry for result in ordered], notes, binding, captions=source.manifest.captions
+        )
         if host.rank == 0:
             _finish(out, manifest)
         host.barrier()

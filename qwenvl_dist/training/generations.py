@@ -91,7 +91,9 @@ class Generations:
             return
         for record in answers.bad:
             log.warning("no caption of %s in %s: %s", record.key, record.shard, record.reason)
-        images = by_image(answers.said, self.state.recipe.data.caption_mark, self.config.scored)
+        mark = self.state.recipe.data.caption_mark
+        assert mark is not None, "filled in when the data was opened"
+        images = by_image(answers.said, mark, self.config.scored)
         boxes = [judge(i.prompt, "".join(i.references), i.answer) for i in images]
         values, each = self._caption_scores([i for i, b in zip(images, boxes, strict=True) if b is None])
         unused = iter(each)

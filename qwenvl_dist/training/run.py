@@ -10,11 +10,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qwenvl_dist.data.cache import GIB, ShardCache
+from qwenvl_dist.data.captions import as_packed
 from qwenvl_dist.data.joined import open_training_sets
 from qwenvl_dist.data.mixture import make_plan, samples_per_epoch
 from qwenvl_dist.data.plan import RunPlan, StepLayout
 from qwenvl_dist.data.sizes import ImageSizeRule
-from qwenvl_dist.data.source import ShardSet
+from qwenvl_dist.data.source import Shards, ShardSet
 from qwenvl_dist.data.storage import ReadPolicy, open_storage
 from qwenvl_dist.data.stream import CaptionStream, SampleEncoder
 from qwenvl_dist.distributed import HostGroup, Topology, start
@@ -83,10 +84,16 @@ def open_shards(data: DataConfig, place: str) -> ShardSet:
     return ShardSet(open_storage(place, policy), cache)
 
 
+def open_data(recipe: Recipe) -> tuple[Recipe, Shards]:
+    """Return the shards to train on, and the recipe with what it leaves to them filled in. Raises UserError."""
+    shards = open_training_sets(recipe.data, partial(open_shards, recipe.data))
+    return as_packed(recipe, [part.manifest for part in shards.parts]), shards
+
+
 def open_streams(
-    recipe: Recipe, topology: Topology, processor: Any, base: Path
+    recipe: Recipe, shards: Shards, topology: Topology, processor: Any, base: Path
 ) -> tuple[CaptionStream, CaptionStream | None, DataIdentity]:
-    """Return the training stream, the validation stream and what identifies the data."""
+    """Return the training stream, the validation stream and what identifies the data: of what `open_data` gave."""
     data, train_config = recipe.data, recipe.train
     rule = ImageSizeRule.of(data.picture_size, processor, max_visual_tokens=data.max_visual_tokens)
     mark = data.caption_mark if data.captions_mode == "each" else None
@@ -100,7 +107,6 @@ def open_streams(
             processor, rule, data.max_length, data.resize == "exact", mark, width, data.over_length
         )
 
-    shards = open_training_sets(data, partial(open_shards, data))
     manifests = [part.manifest for part in shards.parts]
     counts = samples_per_epoch(data, [manifest.samples for manifest in manifests])
     encoders = [
@@ -124,8 +130,9 @@ def open_streams(
         if data.mixture
     }
     identity = DataIdentity(
-        shards.manifest.fingerprint, data.seed, data.shuffle_window, plan.samples_per_epoch, sources
-    )
+        shards.manifest.fingerprint, data.seed, data.shuffle_window, plan.samples_per_epoch, sources,
+        captions="join" if data.captions_mode == "join" else f"{data.captions_mode} of {data.caption_mark}",
+    )  # fmt: skip
     validation = None
     if data.validation:
         held_out = open_shards(data, data.validation)
@@ -151,7 +158,8 @@ def assemble(
     """Load, shard and connect everything a training step touches. Collective."""
     startup = startup or StartUp()
     processor = load_processor(base)
-    batches, validation, identity = open_streams(recipe, topology, processor, base)
+    recipe, shards = open_data(recipe)
+    batches, validation, identity = open_streams(recipe, shards, topology, processor, base)
     startup.mark("data")
     plugin = accelerator.deepspeed_plugin
     assert plugin is not None
@@ -192,7 +200,7 @@ def apply_max_steps(state: TrainState) -> None:
 
 def check_recipe_paths(recipe: Recipe) -> None:
     """Tell what a look at disk and data tells, before ranks are joined and a model is loaded. Raises UserError."""
-    shards = open_training_sets(recipe.data, partial(open_shards, recipe.data))
+    recipe, shards = open_data(recipe)
     samples_per_epoch(recipe.data, [part.manifest.samples for part in shards.parts])
     if recipe.data.validation:
         try:
@@ -283,7 +291,7 @@ def _run_joined(
         moved = rewind(run, state.progress.step)
         if moved:
             log.info("moved %d lines of steps after %d to discarded/", moved, state.progress.step)
-        (run / "recipe.yaml").write_text(recipe.to_yaml(), encoding="utf-8")
+        (run / "recipe.yaml").write_text(state.recipe.to_yaml(), encoding="utf-8")
     host.barrier()
     layout = state.batches.layout
     log.info(

@@ -68,6 +68,7 @@ class DataIdentity:
     samples_per_epoch: int
     sources: dict[str, SourceIdentity] = field(default_factory=dict)  # of a mixture, by name
     plan_version: int = PLAN_VERSION
+    captions: str = "join"  # how a picture's captions are learned
 
     @property
     def samples(self) -> int:
@@ -84,7 +85,7 @@ class DataIdentity:
                 if before[name][key] != value:
                     return f"{key.replace('_', ' ')} of {name} was {before[name][key]} and is now {value}"
         for key, value in vars(self).items():
-            if key != "sources" and data[key] != value:
+            if key != "sources" and data.get(key, value) != value:  # checkpoints of before lack captions
                 return f"data {key} was {data[key]} and is now {value}"
         return None
 

@@ -25,7 +25,7 @@ from qwenvl_dist.errors import UserError
 from qwenvl_dist.model.tower import vision_fingerprint
 from qwenvl_dist.training.encode import open_output
 from qwenvl_dist.training.features import check_frozen
-from qwenvl_dist.training.run import open_streams
+from qwenvl_dist.training.run import open_data, open_streams
 from tests.made_shards import Members, jpeg, key_of, keys_of, record, stream, write_shards
 from tests.ranks import run_ranks
 from tests.training.runs import TIMEOUT, ledger, losses, read_lines, run_train, write_recipe
@@ -236,7 +236,7 @@ def test_features_of_other_settings_are_refused(
 ) -> None:
     recipe = make_recipe({"data": {"train": str(features), **data}}, "test")
     with pytest.raises(UserError) as caught:
-        open_streams(recipe, Topology(0, 0, 0, 1), scenes_processor, scenes_base)
+        open_streams(*open_data(recipe), Topology(0, 0, 0, 1), scenes_processor, scenes_base)
     assert str(caught.value).startswith(f"data.train = {features}: holds {message}")
 
 
@@ -250,8 +250,10 @@ def test_features_of_another_tower_are_refused(
     with pytest.raises(
         UserError, match=r"data\.validation = .*: holds features of the vision tower \w{12}, "
     ):
-        open_streams(recipe, Topology(0, 0, 0, 1), scenes_processor, other)
-    train, validation, _ = open_streams(recipe, Topology(0, 0, 0, 1), scenes_processor, scenes_base)
+        open_streams(*open_data(recipe), Topology(0, 0, 0, 1), scenes_processor, other)
+    train, validation, _ = open_streams(
+        *open_data(recipe), Topology(0, 0, 0, 1), scenes_processor, scenes_base
+    )
     assert validation is not None
     assert (train.encoder.features_width, validation.encoder.features_width) == (None, 96)
 

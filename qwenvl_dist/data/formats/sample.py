@@ -9,10 +9,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
+from qwenvl_dist.data.captions import DEFAULT_JOIN
 from qwenvl_dist.data.storage import LocalStorage, Storage
 
 DEFAULT_PROMPT = "COCO Yes:"
-DEFAULT_JOIN = "&&"
 ROLES = ("system", "user", "assistant")
 
 # A key is a tar member's name up to its first dot: no dot, no slash, short enough for the oldest tar header.
