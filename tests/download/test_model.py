@@ -203,7 +203,6 @@ def test_one_split_is_written_as_a_folder_of_datasets(tmp_path: Path) -> None:
 
 
 def test_modelscope_brings_the_same_files(server: HubServer, repository: Path, tmp_path: Path) -> None:
-    pytest.importorskip("modelscope_hub")
     out = tmp_path / "out"
     server.fail(WEIGHTS[0], "reset", 1)
     download(server, "model", "lab/tiny", "--source", "modelscope", "--out", out)
