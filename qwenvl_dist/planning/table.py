@@ -121,8 +121,8 @@ def text(plan: Plan) -> str:
         "",
         f"data         {data.samples:,} samples in {data.shards:,} shards{read}",
         *(
-            f"             {name}: {source.samples_per_epoch:,} of them, {source.passes:.3g} passes over "
-            f"{source.samples:,} in all epochs"
+            f"             {name}: {source.samples_per_epoch:,} an epoch from {source.samples:,} samples, "
+            f"{source.passes:.3g} passes in all epochs"
             for name, source in data.sources.items()
         ),
         f"             about {data.tokens_per_sample:.0f} tokens a sample: {data.visual_tokens_per_sample:.0f} visual, "

@@ -67,19 +67,17 @@ def _manifests(context: Context) -> dict[str, tuple[str, str]]:
 
 
 def sampled_shards(context: Context) -> Verdict:
-    """Some shards, other ones on each rank, hold what the manifest says, byte for byte."""
+    """Some shards of each data set, other ones on each rank, hold what the manifest says, byte for byte."""
     shards = context.shards
     filled = [number for number, entry in enumerate(shards.manifest.shards) if entry.samples]
-    wanted = context.sampled_shards * context.host.world_size
-    chosen = np.unique(np.linspace(0, len(filled) - 1, wanted).astype(int))
-    mine = chosen[context.host.rank :: context.host.world_size]
-    numbers = [filled[number] for number in mine.tolist()]
+    chosen = _spread(context, filled)
+    numbers = chosen[context.host.rank :: context.host.world_size]
     parts = context.of_all(
         lambda: [(number, fault) for number in numbers for fault in verify_shard(*shards.stored(number))]
     )
     faulty = [found for part in parts for found in part]
     faults = [fault for _, fault in faulty]
-    looked = sum(shards.manifest.shards[filled[number]].samples for number in chosen.tolist())
+    looked = sum(shards.manifest.shards[number].samples for number in chosen)
     shown = f"{len(chosen)} of {len(filled)} shards, {looked:,} samples"
     if not faults:
         return ok(shown)
@@ -92,6 +90,19 @@ def sampled_shards(context: Context) -> Verdict:
     if whole or len(faults) > context.recipe.data.bad_sample_budget * looked:
         return fail(shown, remedy)
     return warn(shown, remedy)
+
+
+def _spread(context: Context, filled: list[int]) -> list[int]:
+    """Return so many of these shards as the ranks look at, spread over all; of each data set one at least."""
+    wanted = context.sampled_shards * context.host.world_size
+    chosen = {filled[i] for i in np.linspace(0, len(filled) - 1, wanted).astype(int).tolist()}
+    first = 0
+    for part in context.shards.parts if wanted else ():
+        own = [number for number in filled if first <= number < first + len(part.manifest.shards)]
+        if own and chosen.isdisjoint(own):
+            chosen.add(own[len(own) // 2])
+        first += len(part.manifest.shards)
+    return sorted(chosen)
 
 
 def _indexes(context: Context) -> Iterator[tuple[int, ShardIndex]]:

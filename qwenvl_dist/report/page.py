@@ -218,7 +218,9 @@ def sources(run: RunFolder) -> list[SourceRow]:
     rows = []
     for entry in run.setting("data", "mixture") or ():
         name, epochs, weight = (entry.get(key) for key in ("name", "epochs", "weight"))
-        said = f"weight {number(weight)}" if epochs is None else f"{number(epochs)} passes an epoch"
+        said = f"weight {number(weight)}"
+        if epochs is not None:
+            said = f"{number(epochs)} {'pass' if epochs == 1 else 'passes'} an epoch"
         own = (reached or {}).get(name, {})
         rows.append(SourceRow(str(name), str(entry.get("train")), said, own.get("samples"), own.get("epoch")))
     return sorted(rows, key=lambda row: row.name)

@@ -45,7 +45,7 @@ def test_plan_counts_the_samples_of_each_source(
     assert 0 <= facts.padding_share < 0.5
 
     planned = plan(recipe, 1, 2)
-    assert "scenes: 80 of them, 6 passes over 40 in all epochs" in text(planned)
+    assert "scenes: 80 an epoch from 40 samples, 6 passes in all epochs" in text(planned)
     assert json.loads(json.dumps(to_json(planned)))["data"]["sources"]["held-out"]["passes"] == 1.5
 
 
@@ -59,6 +59,24 @@ def test_preflight_names_each_source(
     assert_found(find("sampled_shards", context), "ok", "2 of 6 shards", "")
     for name in ("lengths", "text_only", "extremes"):
         assert str(find(name, context).status) == "ok", name
+
+
+def test_preflight_looks_into_every_source(
+    scenes_base: Path, scene_shards: Path, tmp_path: Path, mixed: dict[str, Any]
+) -> None:
+    """Two shards of six, the first and the last, would leave out the source between."""
+    copy = tmp_path / "copy"
+    shutil.copytree(scene_shards, copy)
+    for entry in Manifest.load(copy).shards:
+        (copy / entry.name).write_bytes((copy / entry.name).read_bytes()[:-600])
+    between = {"name": "middle", "train": str(copy), "epochs": 1}
+    data = {**mixed, "mixture": [*mixed["mixture"], between]}
+    context = context_of(scenes_base, scene_shards, tmp_path / "run", data=data)
+    found = find("sampled_shards", context)
+    assert_found(found, "fail", "3 of 10 shards", f"shards verify {copy}")
+    assert "middle/shard-0000" in found.value
+    context.sampled_shards = 0
+    assert_found(find("sampled_shards", context), "ok", "0 of 10 shards", "")
 
 
 def test_preflight_finds_the_damaged_source(

@@ -189,6 +189,7 @@ def test_the_sources_of_a_mixture_are_told_one_by_one(tmp_path: Path) -> None:
     entries = [
         {"name": "boxes", "train": "shards/boxes", "epochs": 0.5},
         {"name": "captions", "train": "shards/captions", "epochs": 2},
+        {"name": "pages", "train": "shards/pages", "epochs": 1},
     ]
     (run / "recipe.yaml").write_text(make_recipe({"data": {"mixture": entries}}, "a test").to_yaml())
     with (run / "metrics.jsonl").open("a") as file:
@@ -198,6 +199,7 @@ def test_the_sources_of_a_mixture_are_told_one_by_one(tmp_path: Path) -> None:
     for said in (
         "boxes 0.5 passes an epoch 1,300 3.25 shards/boxes",
         "captions 2 passes an epoch 5,200 13 shards/captions",
-        "training data mixture of boxes, captions",
+        "pages 1 pass an epoch",
+        "training data mixture of boxes, captions, pages",
     ):
         assert said in text, said
