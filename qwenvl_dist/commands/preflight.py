@@ -122,6 +122,7 @@ def _end(as_json: bool, findings: list[Finding], failed: list[str], seconds: flo
         print(json.dumps(report, ensure_ascii=False), flush=True)
         return
     counts = {status: sum(str(f.status) == status for f in findings) for status in _COLORS}
-    told = ", ".join(f"{count} {status}" for status, count in counts.items() if count)
+    told = [f"{count} {status}" for status, count in counts.items() if count]
     end = "" if complete else "; broken off"
-    print(f"\n{len(findings)} checks in {seconds:.1f} s: {told}{end}", flush=True)
+    made = f"{len(findings)} checks in {seconds:.1f} s"
+    print(f"\n{': '.join(filter(None, [made, ', '.join(told)]))}{end}", flush=True)

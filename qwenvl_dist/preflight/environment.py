@@ -231,7 +231,9 @@ def compiled_ops(context: Context) -> Verdict:
     from qwenvl_dist.distributed import deepspeed_config, prepare_environment
 
     prepare_environment()
-    zero = deepspeed_config(context.recipe)["zero_optimization"]
+    # Once ranks are joined accelerate looks like a launcher with a configuration of its own.
+    plugin = context.accelerator.deepspeed_plugin if context.accelerator else None
+    zero = (plugin.deepspeed_config if plugin else deepspeed_config(context.recipe))["zero_optimization"]
     device = (zero.get("offload_optimizer") or {}).get("device", "none")
     needed = [] if has_gpu() else ["deepspeed_shm_comm"]
     if device in ("cpu", "nvme"):

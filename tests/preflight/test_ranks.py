@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import yaml
 
+from qwenvl_dist.commands.preflight import _end
 from qwenvl_dist.preflight.registry import CHECKS
 from tests.planning.test_plan import recipe_of
 from tests.ranks import ROOT, command, free_port, run_ranks
@@ -94,6 +95,18 @@ def test_all_checks_pass_on_two_ranks(
     assert report["ok"] and report["complete"] and not report["failed"]
     assert not (tmp_path / "run").exists()  # nothing is left behind
     print(f"ZeRO-{stage}: {report['seconds']} s")
+
+
+def test_a_recipe_that_names_its_deepspeed_file_passes_without_a_launcher(
+    scenes_base: Path, scene_shards: Path, tmp_path: Path
+) -> None:
+    recipe = write_recipe(tmp_path, scenes_base, scene_shards, stage=3)
+    assert "ok      compiled_ops" in command("preflight", recipe, "--only", "compiled_ops").stdout
+
+
+def test_checks_that_never_began_are_told_so(capsys: pytest.CaptureFixture[str]) -> None:
+    _end(as_json=False, findings=[], failed=[], seconds=0.0, complete=False)
+    assert capsys.readouterr().out == "\n0 checks in 0.0 s; broken off\n"
 
 
 @pytest.mark.parametrize(
