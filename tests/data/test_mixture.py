@@ -4,6 +4,7 @@ import hashlib
 import pickle
 import time
 from collections import Counter
+from collections.abc import Callable
 from fractions import Fraction
 from pathlib import Path
 
@@ -19,6 +20,7 @@ from qwenvl_dist.data.mixture import Interleave, MixturePlan, Source, make_plan,
 from qwenvl_dist.data.plan import Place, RunPlan, StepLayout
 from qwenvl_dist.data.source import PlannedSource, SampleLengths, Shards, ShardSet
 from qwenvl_dist.errors import UserError
+from tests.http_server import FileServer
 
 COUNTS = st.lists(st.one_of(st.integers(1, 60), st.sampled_from([6, 12, 60])), min_size=1, max_size=6)
 
@@ -96,7 +98,7 @@ def test_any_position_can_be_the_first() -> None:
     for start in (0, 1, 49, 50, 51, 123, 199):
         fresh = mixture_of(SIZES, [17, 30, 3], epochs=4)
         assert places(fresh, np.arange(start, plan.total_samples)) == line[start:]
-        done = Counter(np.searchsorted([4, 6], shard, side="right") for shard, _ in line[:start])
+        done = Counter(int(np.searchsorted([4, 6], shard, side="right")) for shard, _ in line[:start])
         assert fresh.own_positions(start) == [done[0], done[1], done[2]]
     backwards = np.arange(plan.total_samples)[::-1]
     assert places(plan, backwards) == line[::-1]
@@ -211,6 +213,61 @@ def test_joined_shards_are_read_through_the_cache_as_without_it(
     assert len(counts) == 52 and sum(counts.values()) == 140
     assert {counts[key] for key in counts if key.startswith("scenes/")} == {2}
     assert {counts[key] for key in counts if key.startswith("held-out/")} == {5}
+
+
+def test_each_set_keeps_its_own_two_windows_in_the_cache(
+    scene_shards: Path, scene_validation_shards: Path, tmp_path: Path
+) -> None:
+    cache = ShardCache(tmp_path / "cache", 1 << 30)
+    cache.prepare()
+    with FileServer(scene_shards) as server:
+        sets = {"far": ShardSet(server.url, cache), "near": ShardSet(scene_validation_shards, cache)}
+        joined = JoinedShards(sets)
+        sources = [
+            Source(name, part.manifest.shard_sizes, count)
+            for (name, part), count in zip(sets.items(), (40, 30), strict=True)
+        ]
+        plan = MixturePlan(sources, seed=1, window=1, epochs=2)
+        seen: dict[str, set[frozenset[int]]] = {name: set() for name in sets}
+        for position in range(0, plan.total_samples, 5):
+            joined.expect(plan, position, share=0)
+            parts = zip(sets.items(), plan.parts_at(position), strict=True)
+            for (name, part), (own, place) in parts:
+                now, then = own.shards_ahead(*own.window(place))
+                wanted = {*now, *then}
+                wait_until(lambda part=part, wanted=wanted: pinned(part) == wanted)
+                seen[name].add(frozenset(wanted))
+        assert len(seen["far"]) > 2 and set().union(*seen["far"]) == {0, 1, 2, 3}
+        assert set().union(*seen["near"]) == {0, 1}
+        assert all(count == 1 for name, count in server.counts().items() if name != "manifest.json")
+        joined.release()
+        assert pinned(sets["far"]) == pinned(sets["near"]) == set()
+
+
+def pinned(shards: ShardSet) -> set[int]:
+    return {shard for shard, file in shards._cached.items() if file._pinned is not None}
+
+
+def wait_until(holds: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 20
+    while not holds():
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+
+
+def test_which_caption_a_pass_draws_does_not_depend_on_the_other_sets() -> None:
+    def drawn(plan: MixturePlan, first: int) -> dict[tuple[int, int], list[int]]:
+        turns: dict[tuple[int, int], list[int]] = {}
+        for position, (shard, sample) in enumerate(places(plan, np.arange(plan.total_samples))):
+            if first <= shard < first + 2:
+                turn = plan.draw(position, Place(shard, sample), 5)
+                turns.setdefault((shard - first, sample), []).append(turn)
+        return turns
+
+    alone = drawn(mixture_of({"captions": [13, 4]}, [17], epochs=6), 0)
+    assert {len(turns) for turns in alone.values()} == {6}
+    assert drawn(mixture_of(SIZES, [17, 51, 3], epochs=2), 4) == alone
+    assert drawn(mixture_of(SIZES, [40, 17, 1], epochs=6), 4) == alone
 
 
 def test_each_sample_takes_each_of_its_captions_once_before_any_again() -> None:
