@@ -8,6 +8,7 @@ offload, buckets) is never repeated here, and what stands here (batch sizes, cli
 from __future__ import annotations
 
 import difflib
+import itertools
 import json
 import re
 from collections.abc import Hashable
@@ -545,22 +546,38 @@ def _parse_yaml(text: str, origin: str) -> Any:
 
 
 def apply_override(tree: dict[str, Any], override: str) -> None:
-    """Set one `key.path=value` in `tree`; the value is YAML: `null`, `3`, `1e-4`, `[a, b]` mean what they look like."""
+    """Set one `key.path=value` in `tree`; the value is YAML: `null`, `3`, `1e-4`, `[a, b]` mean what they look like.
+
+    An entry of a list goes by its number from 0 on, as in `data.mixture.0.epochs=2`.
+    """
     path, equals, text = override.partition("=")
     keys = path.split(".")
-    if not equals or not all(re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", key) for key in keys):
+    is_path = re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*(\.([A-Za-z_][A-Za-z0-9_]*|[0-9]+))*", path)
+    if not equals or not is_path:
         raise UserError(
             f"override {override!r}: must look like key.path=value, for instance optim.learning_rate=2e-4"
         )
-    node = tree
-    for key in keys[:-1]:
-        child = node.get(key)
-        if child is None:
-            child = node[key] = {}
-        if not isinstance(child, dict):
-            raise UserError(f"override {override!r}: {key!r} holds the value {child!r}, not a section")
-        node = child
-    node[keys[-1]] = _parse_yaml(text, f"override {override!r}") if text else ""
+    node: Any = tree
+    for key, following in itertools.pairwise(keys):
+        place = _place_in(node, key, override)
+        kind, wanted = ("list", list) if following.isdecimal() else ("section", dict)
+        if node[place] is None:
+            node[place] = wanted()
+        if not isinstance(node[place], wanted):
+            raise UserError(f"override {override!r}: {key!r} holds the value {node[place]!r}, not a {kind}")
+        node = node[place]
+    node[_place_in(node, keys[-1], override)] = _parse_yaml(text, f"override {override!r}") if text else ""
+
+
+def _place_in(node: dict[str, Any] | list[Any], key: str, override: str) -> str | int:
+    """Return where a section or list has what a key names; a section gets the key."""
+    if isinstance(node, dict):
+        node.setdefault(key)
+        return key
+    if int(key) >= len(node):
+        held = f"entries 0 to {len(node) - 1}" if node else "no entries"
+        raise UserError(f"override {override!r}: there is no entry {key}, the recipe's list has {held}")
+    return int(key)
 
 
 def _section_at(location: tuple[int | str, ...]) -> type[BaseModel] | None:

@@ -178,6 +178,14 @@ def test_override_without_key_path_and_value_is_refused(tmp_path: Path, override
     assert error_of(tmp_path, DATA, override) == expected
 
 
+MIXED = "data: {mixture: [{train: a, epochs: 1}, {train: b, epochs: 2}]}\nlora: {rank: 4}\n"
+
+
+def test_an_entry_of_a_list_is_set_by_its_number(tmp_path: Path) -> None:
+    recipe = load(tmp_path, MIXED, "data.mixture.1.epochs=0.5", "data.mixture.0={train: c, epochs: 3}")
+    assert [(each.name, each.epochs) for each in recipe.data.mixture] == [("c", 3.0), ("b", 0.5)]
+
+
 @pytest.mark.parametrize(
     ("text", "override", "expected"),
     [
@@ -186,6 +194,11 @@ def test_override_without_key_path_and_value_is_refused(tmp_path: Path, override
         (DATA, "lora.target_modules=[q_proj", "override 'lora.target_modules=[q_proj' line 1: not valid YAML"),
         (DATA, "lora.rank.x=3", 'lora.rank = {"x": 3}: must be a whole number'),
         ("data: {train: x, image_size: 280}", "data.image_size.min_pixels=3136", "holds the value 280, not a section"),
+        (MIXED, "data.mixture.0.epochs=0", "data.mixture.0.epochs = 0: must be above 0"),
+        (MIXED, "data.mixture.2.epochs=1", "there is no entry 2, the recipe's list has entries 0 to 1"),
+        (DATA, "data.mixture.0.epochs=1", "there is no entry 0, the recipe's list has no entries"),
+        (MIXED, "data.mixture.a.epochs=1", ", not a section"),
+        (MIXED, "lora.0=1", "'lora' holds the value {'rank': 4}, not a list"),
     ],
 )  # fmt: skip
 def test_override_is_checked_like_the_file(tmp_path: Path, text: str, override: str, expected: str) -> None:
