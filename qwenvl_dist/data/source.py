@@ -261,8 +261,8 @@ class SampleLengths:
         self._by_shard: OrderedDict[int, Int64] = OrderedDict()
 
     def of(self, shards: Int64, samples: Int64) -> Int64:
-        """Return the (n, 2) visual and text tokens of samples; 0 where the shard is -1."""
-        lengths = np.zeros((len(shards), 2), np.int64)
+        """Return the (n, 2) visual and text tokens of samples; those of a dummy where the shard is -1."""
+        lengths = _dummies(len(shards))
         for shard in np.unique(shards[shards >= 0]).tolist():
             here = shards == shard
             lengths[here] = self._shard(shard)[samples[here]]
@@ -283,8 +283,13 @@ class SampleLengths:
         except (OSError, UserError):
             # Its samples will be bad ones wherever they are dealt to. A rank that alone cannot read it deals
             # differently, which `agree` finds before the step by the positions that all ranks hold together.
-            return np.zeros((self.shards.manifest.shards[shard].samples, 2), np.int64)
+            return _dummies(self.shards.manifest.shards[shard].samples)
         return estimated_tokens(index, self.visual_tokens, self.limit)
+
+
+def _dummies(count: int) -> Int64:
+    """Return the (count, 2) tokens of dummies: a picture of one visual token, so that a budget counts it."""
+    return np.tile(np.array([1, 0], np.int64), (count, 1))
 
 
 @dataclass(frozen=True)

@@ -162,7 +162,8 @@ def handle_bad_samples(state: TrainState, bad: list[Any], history: RunHistory) -
         raise CheckFailed(
             f"step {step}: {len(state.progress.bad_samples)} bad samples, {allowed} allowed (data.bad_sample_budget = "
             f"{budget} of {state.identity.samples}); the last is {key} in {shard}: {reason}; "
-            "repair the shards (qwenvl-dist shards verify names them all) or raise the budget"
+            f"repair the shards (qwenvl-dist shards verify names them all: {state.recipe.data.training_places}) "
+            "or raise the budget"
         )
 
 

@@ -194,3 +194,10 @@ def test_a_budget_holds_what_the_plan_gives_each_step(sizes: Path, scenes_proces
     for step in range(3):
         held = [sorted(keys_of(iter([ranks[0][step], ranks[1][step]]))) for ranks in (plain, dealt)]
         assert held[0] == held[1]
+
+
+def test_empty_slots_of_the_last_step_count_in_the_budget(sizes: Path, scenes_processor: Any) -> None:
+    encoder = SampleEncoder(scenes_processor, RULE, 256)
+    (step,) = budgeted(sizes, encoder, StepLayout(1, 16, 8), 0, 40).iterate()  # 24 samples in 128 slots
+    assert sum(len(batch.positions) - len(batch.keys) for batch in step) == 128 - 24
+    assert max(map(visual, step)) <= 40
