@@ -9,7 +9,7 @@ from qwenvl_dist.data.formats import DEFAULT_JOIN, DEFAULT_PROMPT
 from qwenvl_dist.errors import UserError
 
 if TYPE_CHECKING:
-    from qwenvl_dist.data.formats import Sample
+    from qwenvl_dist.data.formats import SampleReader
 
 TASKS = ("name_to_boxes", "all_objects", "both")
 
@@ -36,8 +36,11 @@ def refuse(args: argparse.Namespace) -> None:
         raise UserError(f"{option} is missing: --source {args.source} reads its annotations from there")
 
 
-def read(args: argparse.Namespace) -> tuple[list[Sample], dict[str, Any]]:
-    """Return the samples, and what the manifest is to say of how they were made; log what was left out."""
+def read(args: argparse.Namespace) -> tuple[SampleReader, dict[str, Any]]:
+    """Return the samples of an input, and what the manifest is to say of how they were made.
+
+    Looks at the whole input, and logs what is left out.
+    """
     from qwenvl_dist.data.grounding import ALL_PROMPT, FIND_PROMPT, read_coco_instances
     from qwenvl_dist.logs import get_logger
 
@@ -47,10 +50,16 @@ def read(args: argparse.Namespace) -> tuple[list[Sample], dict[str, Any]]:
         raise UserError("--images is missing: --source grounding finds its pictures there")
     if args.input is not None:
         raise UserError("--captions does not go with --source grounding, which reads --instances")
-    if args.join != DEFAULT_JOIN:
-        raise UserError("--join does not go with --source grounding: boxes are not joined")
-    if args.captions_mode is not None:
-        raise UserError("--captions-mode does not go with --source grounding: boxes are no captions")
+    for option, is_given in (
+        ("--join", args.join != DEFAULT_JOIN),
+        ("--captions-mode", args.captions_mode is not None),
+        ("--keep-white-space", args.keep_white_space),
+        ("--image-column", args.image_column is not None),
+        ("--text-column", args.text_column is not None),
+        ("--split", args.split is not None),
+    ):
+        if is_given:
+            raise UserError(f"{option} does not go with --source grounding, whose answers are boxes; drop it")
     task = args.task or "both"
     find_prompt, all_prompt = FIND_PROMPT, ALL_PROMPT
     if args.prompt != DEFAULT_PROMPT:
@@ -61,7 +70,7 @@ def read(args: argparse.Namespace) -> tuple[list[Sample], dict[str, Any]]:
         find_prompt, all_prompt = (
             (args.prompt, ALL_PROMPT) if task == "name_to_boxes" else (FIND_PROMPT, args.prompt)
         )
-    result = read_coco_instances(
+    reader = read_coco_instances(
         args.instances,
         args.images,
         task,
@@ -69,11 +78,11 @@ def read(args: argparse.Namespace) -> tuple[list[Sample], dict[str, Any]]:
         all_prompt=all_prompt,
         allow_missing=args.skip_bad,
     )
-    for what, count in result.left_out.items():
+    for what, count in reader.left_out.items():
         get_logger(__name__).info("left out: %d %s", count, what)
     prompts = {"find_prompt": find_prompt, "all_prompt": all_prompt}
     used = {name: text for name, text in prompts.items() if task in ("both", _TASK_OF[name])}
-    return result.samples, {"source": "grounding", "task": task, **used, "left_out": dict(result.left_out)}
+    return reader, {"source": "grounding", "task": task, **used, "left_out": reader.left_out}
 
 
 _TASK_OF = {"find_prompt": "name_to_boxes", "all_prompt": "all_objects"}

@@ -8,7 +8,6 @@ import os
 import shutil
 import sys
 import time
-from collections.abc import Sequence
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -20,7 +19,6 @@ from qwenvl_dist.data.formats import (
     DEFAULT_PROMPT,
     READERS,
     PackInput,
-    Sample,
     SampleReader,
     TextRules,
 )
@@ -164,26 +162,23 @@ def _run_pack(args: argparse.Namespace) -> int:
     log = get_logger(__name__)
     started = time.monotonic()
     part = _parse_part(args.part)
-    samples: Sequence[Sample] | SampleReader
     if args.source == "grounding":
-        samples, packing = grounding.read(args)
+        reader, packing = grounding.read(args)
         captions = PackedCaptions()  # boxes are learned as they are
-        total = len(samples)
     else:
         grounding.refuse(args)
         packing, captions = _packing(args), PackedCaptions(args.join, args.captions_mode)
-        reader = samples = open_input(args)
-        total = len(reader)
+        reader = open_input(args)
+        len(reader)  # looks at everything
         lost = reader.rules.line_breaks_lost
         if lost and args.source not in CAPTION_SOURCES:
             log.warning(
                 "%d answers have line breaks inside, which become spaces as in captions; --keep-white-space keeps them",
                 lost,
             )
-    total = total if part is None else None
-    with progress(total=total, description="pack") as bar:
+    with progress(total=len(reader) if part is None else None, description="pack") as bar:
         report = pack(
-            samples,
+            reader,
             args.out,
             samples_per_shard=args.samples_per_shard,
             workers=available_cores() if args.workers is None else args.workers,

@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 import io
-import json
 import math
 from collections import Counter, defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
-from pathlib import Path, PurePosixPath
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
 from typing import Any
 
 from PIL import Image
 
 from qwenvl_dist.data.boxes import MARKS, NamedBox, clean_name, on_grid, write_name, write_objects
-from qwenvl_dist.data.formats import SAFE_KEY, ImageRef, Sample, caption_messages
-from qwenvl_dist.data.storage import LocalStorage, open_file, open_storage
+from qwenvl_dist.data.formats import ImageRef, PackInput, Sample, caption_messages
+from qwenvl_dist.data.formats.coco import CocoFileReader, Row
+from qwenvl_dist.data.formats.sample import is_unicode, short
 from qwenvl_dist.errors import UserError
 
 TASKS = ("name_to_boxes", "all_objects", "both")
@@ -24,29 +25,10 @@ FIND_PROMPT = "Find {name}."
 ALL_PROMPT = "Find all objects."
 HEADER_BYTES = 1 << 17  # of a JPEG: where its size and EXIF stand
 READS_AT_A_TIME = 16
-MAX_STEM_CHARACTERS = 60  # leaves room in a key for the task
+PICTURES_AT_ONCE = 512  # that are waiting to be read
+MAX_STEM_CHARACTERS, MAX_CATEGORY_CHARACTERS = 60, 18  # a key is STEM-cCATEGORY
 EXIF_ORIENTATION = 0x0112
 ASPECT_TOLERANCE = 0.01
-FORM = (
-    "a COCO instances file is {'images': [...], 'annotations': [...], 'categories': [...]}, like "
-    "instances_val2017.json"
-)
-
-
-@dataclass
-class GroundingSamples:
-    """Samples, and what of the annotations became none."""
-
-    samples: list[Sample] = field(default_factory=list)
-    left_out: Counter[str] = field(default_factory=Counter)
-
-
-@dataclass(frozen=True)
-class _Picture:
-    image_id: int
-    name: str
-    width: float | None  # as the annotations say
-    height: float | None
 
 
 @dataclass(frozen=True)
@@ -66,16 +48,8 @@ class _Header:
         return (self.height, self.width) if self.is_quarter_turned else (self.width, self.height)
 
 
-def read_coco_instances(
-    instances: str | Path,
-    images: str | Path,
-    task: str = "both",
-    *,
-    find_prompt: str = FIND_PROMPT,
-    all_prompt: str = ALL_PROMPT,
-    allow_missing: bool = False,
-) -> GroundingSamples:
-    """Return the samples of a COCO instances file, by image id.
+class GroundingReader(CocoFileReader):
+    """The samples of a COCO instances file; `left_out` counts what of it became none.
 
     `name_to_boxes` gives one for each name in a picture, asked with `find_prompt` (its `{name}` becomes the name
     between its marks); `all_objects` one for each picture. Names stand in alphabetical order, boxes from left to right.
@@ -86,86 +60,189 @@ def read_coco_instances(
     Left out and counted: crowd annotations (a region, no object), and with them the question for that name in that
     picture, whose answer would be incomplete; boxes of no size, or wholly outside the picture; pictures without a box.
     Boxes are cut to the picture. A picture whose shape contradicts the annotations is a `UserError`, or left out too
-    with `allow_missing`; a missing one is a `UserError`, or left to the packer.
+    where missing ones are allowed; a missing one is a `UserError`, or left to the packer.
     """
-    if task not in TASKS:
-        raise UserError(f"--task {task}: must be one of {', '.join(TASKS)}")
-    if "{name}" not in find_prompt:
-        raise UserError(f"the prompt {find_prompt!r} lacks {{name}}, which becomes the object's name")
-    folder = open_storage(images)
-    if isinstance(folder, LocalStorage) and not folder.folder.is_dir():
-        raise UserError(f"{images}: --images must be the folder that holds the pictures")
-    content = _load(instances)
-    names = _names(instances, content)
-    pictures = _pictures(instances, content)
-    annotations = _annotations(instances, content, pictures, names)
-    keys = _keys(instances, pictures)
-    result = GroundingSamples()
-    wanted = [picture for picture in pictures.values() if annotations[picture.image_id]]
-    result.left_out["pictures without annotations"] = len(pictures) - len(wanted)
-    wanted.sort(key=lambda picture: picture.image_id)
-    refs = []
-    for picture in wanted:
-        local = isinstance(folder, LocalStorage)
-        ref = ImageRef(folder.folder / picture.name) if local else ImageRef(Path(picture.name), folder)
-        if local and not allow_missing and not ref.path.is_file():
+
+    source, option, kind = "grounding", "--instances", "a COCO instances JSON file"
+    form = (
+        "a COCO instances file is {'images': [...], 'annotations': [...], 'categories': [...]}, like "
+        "instances_val2017.json"
+    )
+    image_columns = ("width", "height")
+    annotation_columns = ("category", "is_crowd", "x", "y", "width", "height")
+    without = "segmentation"
+    max_key_characters = MAX_STEM_CHARACTERS
+
+    def __init__(
+        self,
+        given: PackInput,
+        task: str = "both",
+        find_prompt: str = FIND_PROMPT,
+        all_prompt: str = ALL_PROMPT,
+    ) -> None:
+        if task not in TASKS:
+            raise UserError(f"--task {task}: must be one of {', '.join(TASKS)}")
+        if "{name}" not in find_prompt:
+            raise UserError(f"the prompt {find_prompt!r} lacks {{name}}, which becomes the object's name")
+        super().__init__(given)
+        self.task, self.find_prompt, self.all_prompt = task, find_prompt, all_prompt
+        self._left_out: Counter[str] = Counter()
+
+    @property
+    def left_out(self) -> dict[str, int]:
+        """What of the annotations became no sample, by kind. Looks at the whole input."""
+        len(self)
+        return {what: count for what, count in self._left_out.items() if count}
+
+    def _examine(self) -> int:
+        self.names = self._read_names()
+        return super()._examine()
+
+    def _read_names(self) -> dict[int, str]:
+        """Return the names of the categories by id."""
+        names = {}
+        for record in self.file.items("categories.item"):
+            where, category = record.where, record.value
+            if (
+                not isinstance(category, dict)
+                or not _is_int(category.get("id"))
+                or not isinstance(category.get("name"), str)
+            ):
+                raise UserError(
+                    f"{where} is {short(category)}: it needs an integer 'id' and a 'name'; {self.form}"
+                )
+            if len(str(category["id"])) > MAX_CATEGORY_CHARACTERS:
+                raise UserError(
+                    f"{where} has id {category['id']}: it becomes part of keys and may have "
+                    f"{MAX_CATEGORY_CHARACTERS} characters; renumber"
+                )
+            name = clean_name(category["name"])
+            if not name or any(mark in name for mark in (*MARKS, "<|im_start|>", "<|im_end|>")):
+                raise UserError(
+                    f"{where}: the name {category['name']!r} is empty or holds a mark of the model's; rename it"
+                )
+            if not is_unicode(name):
+                raise UserError(f"{where} holds half a character (a lone surrogate): write it as UTF-8")
+            names[category["id"]] = name
+        if not names:
+            self._need_list("categories")
+        return names
+
+    def _image_values(self, image: dict[str, Any], where: str) -> Row:
+        sides = [image[name] for name in ("width", "height") if image.get(name) is not None]
+        for side in sides:
+            if not (_is_number(side) and side > 0):
+                raise UserError(
+                    f"{where} has a width or height of {short(side)}: it must be above 0; mend it or leave it out"
+                )
+        return tuple(map(float, sides)) if len(sides) == 2 else (None, None)
+
+    def _annotation_values(self, annotation: dict[str, Any], where: str, image_id: int | str) -> Row:
+        category, box = annotation.get("category_id"), annotation.get("bbox")
+        if not _is_int(category) or category not in self.names:
             raise UserError(
-                f"{instances}: image {picture.image_id} is {picture.name!r}, which is not in {images}: name the folder "
-                "that holds it with --images, or pack without it (--skip-bad)"
+                f"{where} has category_id {category!r}, which 'categories' does not list: add it there or drop it"
             )
-        refs.append(ref)
-    with ThreadPoolExecutor(READS_AT_A_TIME) as pool:
-        headers = pool.map(_read_header, refs)
-        for picture, ref, header in zip(wanted, refs, headers, strict=True):
-            place = _placement(picture, header)
-            if place is None:
-                if not allow_missing:
-                    assert header is not None, "without it the annotations' size is used"
-                    raise UserError(
-                        f"{ref}: is {header.upright[0]}x{header.upright[1]} pixels, {instances} says "
-                        f"{picture.width:g}x{picture.height:g}: boxes have no place in it; name the pictures that were "
-                        "annotated, or leave such ones out with --skip-bad"
-                    )
-                result.left_out["pictures of another shape"] += 1
+        if not (isinstance(box, list) and len(box) == 4 and all(map(_is_number, box))):
+            raise UserError(
+                f"{where} has bbox {short(box)}: it must be [x, y, width, height] in pixels; mend or drop it"
+            )
+        return category, bool(annotation.get("iscrowd")), *map(float, box)
+
+    def _finish(self) -> int:
+        (num_silent,) = self._one(
+            "SELECT count(*) FROM images WHERE NOT EXISTS (SELECT 1 FROM annotations WHERE image_id = images.id)"
+        )
+        self._left_out = Counter({"pictures without annotations": num_silent})
+        # Headers are read once: where boxes lie in a picture is noted for its samples.
+        self.spill.execute("CREATE TABLE places (image_id NOT NULL PRIMARY KEY, width, height, turn)")
+        count = 0
+        for image_id, place in self._placements():
+            if place is not None:
+                row = image_id, place.width, place.height, place.turn
+                self._insert("places", iter([row]), len(row))
+                count += sum(1 for _ in self._conversations(image_id, place, self._left_out))
+        if not count:
+            raise UserError(f"{self.file}: gives no sample: no picture has a box; {self.form}")
+        return count
+
+    def _placements(self) -> Iterator[tuple[int | str, _Placement | None]]:
+        """Yield how boxes lie in each annotated picture, None for one that is left out."""
+        pictures = self._annotated("id, name, width, height")
+        with ThreadPoolExecutor(READS_AT_A_TIME) as pool:
+            while some := list(islice(pictures, PICTURES_AT_ONCE)):
+                refs = [self._picture(name) for _, name, _, _ in some]
+                headers = pool.map(_read_header, refs)
+                for (image_id, _, *size), ref, header in zip(some, refs, headers, strict=True):
+                    place = _placement(size[0], size[1], header)
+                    if place is None:
+                        self._leave_out(ref, size, header)
+                    yield image_id, place
+
+    def _leave_out(self, ref: ImageRef, size: list[Any], header: _Header | None) -> None:
+        """Count a picture in which boxes have no place; `UserError` unless it may be left out."""
+        if header is None:  # and the annotations have no size
+            if not self.given.allow_missing:
+                raise UserError(
+                    f"{ref}: its size cannot be read, and {self.file} has no width and height for it: replace it, or "
+                    "leave such ones out with --skip-bad"
+                )
+            self._left_out["pictures of no known size"] += 1
+            return
+        if not self.given.allow_missing:
+            raise UserError(
+                f"{ref}: is {header.upright[0]}x{header.upright[1]} pixels, {self.file} says "
+                f"{size[0]:g}x{size[1]:g}: boxes have no place in it; name the pictures that were annotated, or leave "
+                "such ones out with --skip-bad"
+            )
+        self._left_out["pictures of another shape"] += 1
+
+    def _samples(self) -> Iterator[Sample]:
+        query = (
+            f"SELECT id, name, {self.key}, places.width, places.height, turn FROM images JOIN places ON id = image_id "
+            "ORDER BY id"
+        )
+        for image_id, name, key, *place in self.spill.execute(query):
+            for suffix, messages in self._conversations(image_id, _Placement(*place), Counter()):
+                yield Sample(f"{key}-{suffix}", messages, [self._picture(name)], image_id, self.source)
+
+    def _conversations(
+        self, image_id: int | str, place: _Placement, left_out: Counter[str]
+    ) -> Iterator[tuple[str, list[dict[str, Any]]]]:
+        """Yield the conversations about one picture, each with the end of its key, and count what gives none."""
+        objects, crowded = _objects(self._annotations_of(image_id), self.names, place, left_out)
+        if not objects:
+            left_out["pictures without a box"] += 1
+            return
+        if self.task in ("all_objects", "both"):
+            yield "all", caption_messages(self.all_prompt, write_objects([each for _, each in objects]))
+        if self.task == "all_objects":
+            return
+        numbers: dict[str, int] = {}
+        by_name: dict[str, list[NamedBox]] = defaultdict(list)
+        for category, each in objects:
+            numbers[each.name] = min(category, numbers.get(each.name, category))
+            by_name[each.name].append(each)
+        for name, boxes in by_name.items():
+            if name in crowded:
+                left_out["questions about crowds"] += 1
                 continue
-            objects, crowded = _objects(annotations[picture.image_id], names, place, result.left_out)
-            if not objects:
-                result.left_out["pictures without a box"] += 1
-                continue
-            conversations = _conversations(objects, crowded, task, find_prompt, all_prompt, result.left_out)
-            for suffix, messages in conversations:
-                key = f"{keys[picture.image_id]}-{suffix}"
-                result.samples.append(Sample(key, messages, [ref], picture.image_id, "grounding"))
-    if not result.samples:
-        raise UserError(f"{instances}: gives no sample: no picture has a box; {FORM}")
-    result.left_out = Counter({what: count for what, count in result.left_out.items() if count})
-    return result
+            prompt = self.find_prompt.replace("{name}", write_name(name))
+            yield f"c{numbers[name]}", caption_messages(prompt, write_objects(boxes))
 
 
-def _conversations(
-    objects: list[tuple[int, NamedBox]],
-    crowded: set[str],
-    task: str,
-    find_prompt: str,
-    all_prompt: str,
-    left_out: Counter[str],
-) -> Iterator[tuple[str, list[dict[str, Any]]]]:
-    """Yield the conversations about one picture, each with the end of its key."""
-    if task in ("all_objects", "both"):
-        yield "all", caption_messages(all_prompt, write_objects([each for _, each in objects]))
-    if task == "all_objects":
-        return
-    numbers: dict[str, int] = {}
-    by_name: dict[str, list[NamedBox]] = defaultdict(list)
-    for category, each in objects:
-        numbers[each.name] = min(category, numbers.get(each.name, category))
-        by_name[each.name].append(each)
-    for name, boxes in by_name.items():
-        if name in crowded:
-            left_out["questions about crowds"] += 1
-            continue
-        prompt = find_prompt.replace("{name}", write_name(name))
-        yield f"c{numbers[name]}", caption_messages(prompt, write_objects(boxes))
+def read_coco_instances(
+    instances: str | Path,
+    images: str | Path,
+    task: str = "both",
+    *,
+    find_prompt: str = FIND_PROMPT,
+    all_prompt: str = ALL_PROMPT,
+    allow_missing: bool = False,
+) -> GroundingReader:
+    """Return the samples of a COCO instances file and its folder of pictures, either a path or a URL."""
+    given = PackInput(instances, images, allow_missing=allow_missing)
+    return GroundingReader(given, task, find_prompt, all_prompt)
 
 
 @dataclass(frozen=True)
@@ -192,11 +269,10 @@ class _Placement:
         return y1, w - x2, y2, w - x1, h, w  # 8: a quarter counter-clockwise
 
 
-def _placement(picture: _Picture, header: _Header | None) -> _Placement | None:
+def _placement(width: float | None, height: float | None, header: _Header | None) -> _Placement | None:
     """Return how boxes lie in the upright picture; None when picture and annotations have different shapes."""
-    if picture.width is None or picture.height is None:
+    if width is None or height is None:
         return None if header is None else _Placement(*header.upright)
-    width, height = picture.width, picture.height
     if header is None or _same_shape((width, height), header.upright):  # a missing one is the packer's matter
         return _Placement(width, height)
     if header.is_quarter_turned and _same_shape((width, height), (header.width, header.height)):
@@ -232,131 +308,25 @@ def _parse_header(data: bytes) -> _Header | None:
 
 
 def _objects(
-    annotations: list[dict[str, Any]], names: dict[int, str], place: _Placement, left_out: Counter[str]
+    annotations: Iterable[Row], names: dict[int, str], place: _Placement, left_out: Counter[str]
 ) -> tuple[list[tuple[int, NamedBox]], set[str]]:
     """Return the objects of a picture with their categories, in order, and the names of its crowds."""
     objects: list[tuple[int, NamedBox]] = []
     crowded: set[str] = set()
-    for annotation in annotations:
-        name = names[annotation["category_id"]]
-        if annotation.get("iscrowd"):
+    for category, is_crowd, x, y, width, height in annotations:
+        if is_crowd:
             left_out["crowd annotations"] += 1
-            crowded.add(name)
+            crowded.add(names[category])
             continue
-        x, y, width, height = map(float, annotation["bbox"])
         box = on_grid(*place.corners(x, y, x + width, y + height)) if width > 0 and height > 0 else None
         if box is None:
             left_out["boxes of no size or outside"] += 1
             continue
-        objects.append((annotation["category_id"], NamedBox(name, box)))
+        objects.append((category, NamedBox(names[category], box)))
     objects.sort(
         key=lambda each: (each[1].name, each[1].box.x1, each[1].box.y1, each[1].box.x2, each[1].box.y2)
     )
     return objects, crowded
-
-
-def _load(instances: str | Path) -> dict[str, Any]:
-    try:
-        storage, name = open_file(instances)
-        content = json.loads(storage.read_bytes(name))
-    except FileNotFoundError:
-        raise UserError(
-            f"{instances}: no such file; --instances must name a COCO instances JSON file"
-        ) from None
-    except OSError as error:
-        raise UserError(
-            f"{instances}: cannot be read ({error.strerror or error}); --instances must name a file"
-        ) from None
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{instances}: not JSON ({error}); {FORM}") from None
-    for part in ("images", "annotations", "categories"):
-        if not isinstance(content, dict) or not isinstance(content.get(part), list):
-            raise UserError(f"{instances}: '{part}' is not a list; {FORM}")
-    return content
-
-
-def _names(instances: str | Path, content: dict[str, Any]) -> dict[int, str]:
-    names = {}
-    for number, category in enumerate(content["categories"]):
-        where = f"{instances}: categories[{number}]"
-        if (
-            not isinstance(category, dict)
-            or not _is_int(category.get("id"))
-            or not isinstance(category.get("name"), str)
-        ):
-            raise UserError(f"{where}: needs an integer 'id' and a 'name'; {FORM}")
-        name = clean_name(category["name"])
-        if not name or any(mark in name for mark in (*MARKS, "<|im_start|>", "<|im_end|>")):
-            raise UserError(
-                f"{where}: the name {category['name']!r} is empty or holds a mark of the model's; rename it"
-            )
-        names[category["id"]] = name
-    return names
-
-
-def _pictures(instances: str | Path, content: dict[str, Any]) -> dict[int, _Picture]:
-    pictures: dict[int, _Picture] = {}
-    for number, image in enumerate(content["images"]):
-        where = f"{instances}: images[{number}]"
-        if (
-            not isinstance(image, dict)
-            or not _is_int(image.get("id"))
-            or not isinstance(image.get("file_name"), str)
-        ):
-            raise UserError(f"{where}: needs an integer 'id' and a 'file_name'; {FORM}")
-        path = PurePosixPath(image["file_name"])
-        if not path.name or path.is_absolute() or ".." in path.parts:
-            raise UserError(
-                f"{where} has file_name {str(path)!r}: it must lie below --images; make it relative to it"
-            )
-        if image["id"] in pictures:
-            raise UserError(
-                f"{where} has id {image['id']} for the second time: ids must differ; drop one of the two"
-            )
-        size = image.get("width"), image.get("height")
-        for value in size:
-            if value is not None and not (_is_number(value) and value > 0):
-                raise UserError(
-                    f"{where} has a width or height of {value!r}: it must be above 0; mend it or leave it out"
-                )
-        pictures[image["id"]] = _Picture(
-            image["id"], str(path), *(size if None not in size else (None, None))
-        )
-    return pictures
-
-
-def _annotations(
-    instances: str | Path, content: dict[str, Any], pictures: dict[int, _Picture], names: dict[int, str]
-) -> dict[int, list[dict[str, Any]]]:
-    by_image: dict[int, list[dict[str, Any]]] = defaultdict(list)
-    for number, annotation in enumerate(content["annotations"]):
-        where = f"{instances}: annotations[{number}]"
-        if not isinstance(annotation, dict):
-            raise UserError(f"{where}: is no object; {FORM}")
-        for key, known, owner in (("image_id", pictures, "images"), ("category_id", names, "categories")):
-            value = annotation.get(key)
-            if not _is_int(value) or value not in known:
-                raise UserError(
-                    f"{where} has {key} {value!r}, which '{owner}' does not list: add it there or drop it"
-                )
-        box = annotation.get("bbox")
-        if not (isinstance(box, list) and len(box) == 4 and all(map(_is_number, box))):
-            raise UserError(
-                f"{where} has bbox {box!r}: it must be [x, y, width, height] in pixels; mend or drop it"
-            )
-        by_image[annotation["image_id"]].append(annotation)
-    return by_image
-
-
-def _keys(instances: str | Path, pictures: dict[int, _Picture]) -> dict[int, str]:
-    """Return a key for each picture: the stem of its name where all are safe and differ, else its id."""
-    stems = {image_id: PurePosixPath(picture.name).stem for image_id, picture in pictures.items()}
-    fit = all(SAFE_KEY.fullmatch(stem) and len(stem) <= MAX_STEM_CHARACTERS for stem in stems.values())
-    if fit and len(set(stems.values())) == len(stems):
-        return stems
-    if any(image_id < 0 for image_id in pictures):
-        raise UserError(f"{instances}: has an image id below 0, which cannot be a key; renumber the images")
-    return {image_id: f"{image_id:012d}" for image_id in pictures}
 
 
 def _is_int(value: object) -> bool:
@@ -364,4 +334,10 @@ def _is_int(value: object) -> bool:
 
 
 def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    """Tell whether a value is a number that fits into a float."""
+    if not isinstance(value, int | float) or isinstance(value, bool):
+        return False
+    try:
+        return math.isfinite(value)
+    except OverflowError:
+        return False

@@ -12,7 +12,7 @@ from PIL import Image, ImageOps
 from qwenvl_dist.__main__ import main
 from qwenvl_dist.data.boxes import GRID, parse_objects
 from qwenvl_dist.data.formats import Sample
-from qwenvl_dist.data.grounding import read_coco_instances
+from qwenvl_dist.data.grounding import GroundingReader, read_coco_instances
 from qwenvl_dist.data.images import decode
 from qwenvl_dist.data.index import Manifest
 from qwenvl_dist.errors import UserError
@@ -38,10 +38,12 @@ def content(tmp_path: Path) -> Content:
     }
 
 
-def read(folder: Path, content: Content, task: str = "both", **options: Any) -> Any:
+def read(folder: Path, content: Content, task: str = "both", **options: Any) -> GroundingReader:
     path = folder / "instances.json"
     path.write_text(json.dumps(content))
-    return read_coco_instances(path, folder / "images", task, **options)
+    reader = read_coco_instances(path, folder / "images", task, **options)
+    assert len(reader) == len(list(reader)), "samples are counted before there is one"
+    return reader
 
 
 def texts(sample: Sample) -> tuple[str, str]:
@@ -51,7 +53,7 @@ def texts(sample: Sample) -> tuple[str, str]:
 
 
 def test_both_tasks(content: Content, tmp_path: Path) -> None:
-    samples = read(tmp_path, content).samples
+    samples = list(read(tmp_path, content))
     dogs = (
         "<|object_ref_start|>dog<|object_ref_end|><|box_start|>(50,100),(300,300)<|box_end|>"
         "<|box_start|>(500,500),(750,700)<|box_end|>"
@@ -67,16 +69,16 @@ def test_both_tasks(content: Content, tmp_path: Path) -> None:
         "2-c3": (find_car, whole),
     }
     assert {sample.image_id for sample in samples} == {1, 2}
-    keys = [sample.key for sample in read(tmp_path, content, "name_to_boxes").samples]
+    keys = [sample.key for sample in read(tmp_path, content, "name_to_boxes")]
     assert keys == ["1-c18", "1-c3", "2-c3"]
-    assert [sample.key for sample in read(tmp_path, content, "all_objects").samples] == ["1-all", "2-all"]
+    assert [sample.key for sample in read(tmp_path, content, "all_objects")] == ["1-all", "2-all"]
 
 
 def test_the_files_order_does_not_matter(content: Content, tmp_path: Path) -> None:
-    expected = [(sample.key, texts(sample)) for sample in read(tmp_path, content).samples]
+    expected = [(sample.key, texts(sample)) for sample in read(tmp_path, content)]
     for part in content.values():
         part.reverse()
-    assert [(sample.key, texts(sample)) for sample in read(tmp_path, content).samples] == expected
+    assert [(sample.key, texts(sample)) for sample in read(tmp_path, content)] == expected
 
 
 def test_what_becomes_no_box_is_counted(content: Content, tmp_path: Path) -> None:
@@ -95,7 +97,7 @@ def test_what_becomes_no_box_is_counted(content: Content, tmp_path: Path) -> Non
         "boxes of no size or outside": 3,
         "pictures without annotations": 1,
     }
-    by_key = {sample.key: texts(sample)[1] for sample in found.samples}
+    by_key = {sample.key: texts(sample)[1] for sample in found}
     assert "1-c18" not in by_key, "the answer would lack the crowd's dogs"
     assert by_key["2-c18"].endswith("(750,500),(999,999)<|box_end|>"), "cut to the picture"
     assert [each.name for each in parse_objects(by_key["1-all"]).objects] == ["dog", "dog", "red car"]
@@ -133,7 +135,7 @@ def test_boxes_turn_as_the_picture_does(tmp_path: Path, orientation: int, annota
             {"image_id": 1, "category_id": 1, "bbox": [int(x1), int(y1), int(x2 - x1), int(y2 - y1)]}
         ],
     }
-    (sample,) = read(tmp_path, content, "all_objects").samples
+    (sample,) = read(tmp_path, content, "all_objects")
     (found,) = parse_objects(texts(sample)[1]).objects
     pixels = decode(path.read_bytes())
     height, width = pixels.shape[:2]
@@ -149,13 +151,13 @@ def test_boxes_turn_as_the_picture_does(tmp_path: Path, orientation: int, annota
 def test_a_smaller_copy_of_a_picture_keeps_its_boxes_and_another_shape_is_refused(
     content: Content, tmp_path: Path
 ) -> None:
-    expected = [texts(sample) for sample in read(tmp_path, content).samples]
+    expected = [texts(sample) for sample in read(tmp_path, content)]
     Image.new("RGB", (100, 50)).save(tmp_path / "images" / "1.jpg")
-    assert [texts(sample) for sample in read(tmp_path, content).samples] == expected
+    assert [texts(sample) for sample in read(tmp_path, content)] == expected
     for image in content["images"]:
         del image["width"]  # then the picture's own size counts
     content["annotations"] = content["annotations"][3:]
-    assert texts(read(tmp_path, content).samples[0]) == expected[3]
+    assert texts(next(iter(read(tmp_path, content)))) == expected[3]
     content["images"][0].update(width=100, height=100)
     with pytest.raises(
         UserError, match=r"2\.jpg: is 200x100 pixels, .* says 100x100: boxes have no place in it"
@@ -187,6 +189,22 @@ def test_a_smaller_copy_of_a_picture_keeps_its_boxes_and_another_shape_is_refuse
         (lambda c: c["images"][0].update(file_name="../2.jpg"), "must lie below --images"),
         (lambda c: c["images"][0].update(file_name="3.jpg"), "is '3.jpg', which is not in"),
         (lambda c: c["images"][0].update(id=1), "images[1] has id 1 for the second time"),
+        (lambda c: c["images"][0].update(id=10**30), "ids must fit into 64 bits; renumber"),
+        (lambda c: c["images"][0].pop("id"), "images[0] is {"),
+        (
+            lambda c: c["categories"][0].update(id=10**18),
+            "categories[0] has id 1000000000000000000: it becomes",
+        ),
+        (lambda c: c["categories"].append(3), "categories[2] is 3: it needs an integer 'id' and a 'name'"),
+        (lambda c: c["categories"][0].update(name="\ud800"), "categories[0] holds half a character"),
+        (lambda c: c["annotations"].insert(1, 7), "annotations[1] is 7: it must be an object"),
+        (
+            lambda c: c["annotations"][2].update(bbox=[1, 2, 3, 10**400]),
+            "annotations[2] has bbox [1, 2, 3, 1000",
+        ),
+        (lambda c: c["annotations"][2].update(bbox=[1, 2, 3, float("nan")]), "line 1: not JSON"),
+        (lambda c: c.update(images=[]), "'images' is empty"),
+        (lambda c: c.update(annotations={"a": 1}), "'annotations' is not a list"),
         (lambda c: c.update(annotations=[]), "gives no sample"),
     ],
 )
@@ -223,6 +241,11 @@ def test_the_command_packs_and_says_what_was_left_out(content: Content, tmp_path
         (["--source", "grounding"], "--instances is missing"),
         (["--source", "grounding", "--instances", "x", "--captions", "y"], "--captions does not go with"),
         (["--source", "grounding", "--instances", "x", "--join", "|"], "--join does not go with"),
+        (
+            ["--source", "grounding", "--instances", "x", "--keep-white-space"],
+            "--keep-white-space does not go",
+        ),
+        (["--source", "grounding", "--instances", "x", "--split", "train"], "--split does not go with"),
         (["--source", "grounding", "--instances", "x", "--prompt", "Find"], "two tasks have two prompts"),
         (
             ["--source", "grounding", "--instances", "x", "--prompt", "Find", "--task", "name_to_boxes"],
@@ -241,6 +264,39 @@ def test_options_that_do_not_fit_are_refused(
     assert left.value.code == 2 and message in capsys.readouterr().err
 
 
+def test_a_picture_of_no_known_size_is_named_or_left_out(content: Content, tmp_path: Path) -> None:
+    (tmp_path / "images" / "1.jpg").write_bytes(b"no picture")
+    del content["images"][1]["width"]
+    with pytest.raises(UserError, match=r"1\.jpg: its size cannot be read, and .* has no width and height"):
+        read(tmp_path, content)
+    found = read(tmp_path, content, allow_missing=True)
+    assert [sample.key for sample in found] == ["2-all", "2-c3"]
+    assert found.left_out == {"pictures of no known size": 1}
+
+
+def test_keys_are_ids_where_file_names_cannot_be(content: Content, tmp_path: Path) -> None:
+    for number, image in enumerate(content["images"]):
+        long = f"{'x' * 60}{number}.jpg"
+        (tmp_path / "images" / image["file_name"]).rename(tmp_path / "images" / long)
+        image["file_name"] = long
+    assert [sample.key for sample in read(tmp_path, content, "all_objects")] == [
+        "000000000001-all",
+        "000000000002-all",
+    ]
+    content["images"][0]["id"] = "a/b"
+    content["annotations"][3]["image_id"] = "a/b"
+    with pytest.raises(UserError, match=r"the image id 'a/b' cannot be a key: .* at most 60; rename it"):
+        read(tmp_path, content)
+
+
+def test_segmentations_change_nothing(content: Content, tmp_path: Path) -> None:
+    expected = [sample.to_json() for sample in read(tmp_path, content)]
+    outlines = [[[1, 2.5, 3]], {"counts": [3, 4], "size": [100, 200]}, "x\ud83d\ude00\ud800", 7]
+    for annotation, outline in zip(content["annotations"], outlines, strict=True):
+        annotation["segmentation"] = outline
+    assert [sample.to_json() for sample in read(tmp_path, content)] == expected
+
+
 def test_the_real_photos(real_coco: Path) -> None:
     """Every box of the annotations is there, within half a step of its place."""
     found = read_coco_instances(real_coco / "instances.json", real_coco / "images")
@@ -250,7 +306,7 @@ def test_the_real_photos(real_coco: Path) -> None:
     sizes = {image["id"]: (image["width"], image["height"]) for image in content["images"]}
     annotated = [each for each in content["annotations"] if not each["iscrowd"]]
     wanted = Counter((each["image_id"], names[each["category_id"]]) for each in annotated)
-    all_objects = [sample for sample in found.samples if sample.key.endswith("-all")]
+    all_objects = [sample for sample in found if sample.key.endswith("-all")]
     parsed = {sample.image_id: parse_objects(texts(sample)[1]) for sample in all_objects}
     assert not any(each.malformed for each in parsed.values())
     assert Counter((i, each.name) for i, one in parsed.items() for each in one.objects) == wanted

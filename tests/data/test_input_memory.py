@@ -15,10 +15,13 @@ SMALL, LARGE = 1_000, 12_000  # samples: 2 and 25 MB
 # Samples without pictures are packed; the others are read as `pack` does it, all for faults, then a shard's at a time.
 READ = """
 import itertools, re, sys
+from functools import partial
 from pathlib import Path
 from qwenvl_dist.data.formats import READERS, PackInput
+from qwenvl_dist.data.grounding import GroundingReader
 source, path, images = sys.argv[1:]
-reader = READERS[source](PackInput(path, images, allow_missing=True))
+readers = {**READERS, "grounding": partial(GroundingReader, task="all_objects")}
+reader = readers[source](PackInput(path, images, allow_missing=True))
 if source == "messages":
     from qwenvl_dist.data.pack import pack
     pack(reader, Path(images, f"{len(reader)}"), samples_per_shard=500)
@@ -35,6 +38,26 @@ def coco(count: int) -> str:
     images = [{"id": i, "file_name": f"{i:012d}.jpg"} for i in ids]
     captions = [{"image_id": i, "caption": WORDS} for i in reversed(ids)]
     return json.dumps({"images": images, "annotations": captions})
+
+
+def instances(count: int, corners: Callable[[int], int] = lambda number: 160) -> str:
+    """One object in each picture, whose outline has so many corners."""
+    ids = [number * 7919 % 1_000_003 for number in range(count)]
+    images = [{"id": i, "file_name": f"{i:012d}.jpg", "width": 640, "height": 480} for i in ids]
+    objects = [
+        {
+            "image_id": i,
+            "category_id": 1,
+            "bbox": [1, 2, 30, 40],
+            "segmentation": [[100.25, 200.5] * corners(n)],
+        }
+        for n, i in enumerate(reversed(ids))
+    ]
+    return json.dumps({"images": images, "annotations": objects, "categories": [{"id": 1, "name": "dog"}]})
+
+
+def one_large_outline(count: int) -> str:
+    return instances(count, lambda number: 1_500_000 if count == LARGE and number == 7 else 4)
 
 
 def llava(count: int) -> str:
@@ -63,7 +86,14 @@ def peak_bytes(source: str, path: Path, images: Path, count: int) -> int:
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="peak memory is read from Linux's /proc")
 @pytest.mark.parametrize(
     ("source", "make"),
-    [("coco", coco), ("llava", llava), ("messages", messages), ("csv", captions_csv)],
+    [
+        ("coco", coco),
+        ("grounding", instances),
+        ("grounding", one_large_outline),
+        ("llava", llava),
+        ("messages", messages),
+        ("csv", captions_csv),
+    ],
 )
 def test_memory_does_not_grow_with_the_annotations(
     source: str, make: Callable[[int], str], tmp_path: Path

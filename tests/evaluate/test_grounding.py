@@ -38,7 +38,7 @@ def scenes(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def box_shards(scenes: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """One question for all objects of each scene, and one for each of the two."""
     out = tmp_path_factory.mktemp("boxes") / "shards"
-    pack(read_coco_instances(scenes / "instances.json", scenes / "images").samples, out, samples_per_shard=4)
+    pack(read_coco_instances(scenes / "instances.json", scenes / "images"), out, samples_per_shard=4)
     return out
 
 
@@ -217,7 +217,7 @@ def test_boxes_are_drawn_where_they_are(scenes: Path) -> None:
     assert draw_scene(drawn).size == (56, 56)
     (sample,) = [
         s
-        for s in read_coco_instances(scenes / "instances.json", scenes / "images").samples
+        for s in read_coco_instances(scenes / "instances.json", scenes / "images")
         if s.key.endswith("1-all")
     ]
     reference = sample.messages[1]["content"][0]["text"]

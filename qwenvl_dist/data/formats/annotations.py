@@ -6,6 +6,8 @@ import json
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from itertools import dropwhile
+from operator import itemgetter
 from pathlib import Path
 from tempfile import NamedTemporaryFile
 from typing import Any, BinaryIO
@@ -103,21 +105,22 @@ class AnnotationFile:
                         f"{self}: line {number}: not UTF-8 ({error.reason}); convert the file to UTF-8"
                     ) from None
 
-    def items(self, prefix: str) -> Iterator[Record]:
+    def items(self, prefix: str, without: str | None = None) -> Iterator[Record]:
         """Yield the items of a list in a JSON file: `item` for the file itself, `images.item` for the list 'images'.
 
-        Yields nothing where the list is not there. `UserError` with the line for what is not JSON.
+        Members called `without` are passed over, however large they are. Yields nothing where the list is not there.
+        `UserError` with the line for what is not JSON.
         """
         name = prefix.removesuffix("item").removesuffix(".")
         try:
-            for number, value in enumerate(self._items(prefix)):
+            for number, value in enumerate(self._items(prefix, without)):
                 yield Record(f"{self}: {name}[{number}]", value)
         except _NotJsonError as error:
             raise UserError(
                 f"{self}: line {error.line}: not JSON ({error.reason}); {self.option} must be {self.kind}"
             ) from None
 
-    def _items(self, prefix: str) -> Iterator[Any]:
+    def _items(self, prefix: str, without: str | None) -> Iterator[Any]:
         """As `items`, the values alone.
 
         The C parser makes '?' of a lone surrogate and refuses integers of more than 64 bits: where one of them comes up
@@ -129,7 +132,7 @@ class AnnotationFile:
         with self.open() as file:
             fed = _Fed(file)
             try:
-                for value in ijson.items(fed, prefix, use_float=True):
+                for value in _values(ijson, fed, prefix, without):
                     yield value
                     yielded += 1
                 return
@@ -139,7 +142,7 @@ class AnnotationFile:
         slow = ijson.get_backend("python")
         with self.open() as file:
             try:
-                for number, value in enumerate(slow.items(file, prefix, use_float=True)):
+                for number, value in enumerate(_values(slow, file, prefix, without)):
                     if number >= yielded:
                         yield value
             except (ijson.JSONError, ValueError) as error:
@@ -175,6 +178,29 @@ class AnnotationFile:
                 if prefix == name:
                     return "list" if event == "start_array" else event
         return None
+
+
+def _values(parser: Any, file: Any, prefix: str, without: str | None) -> Iterator[Any]:
+    """Yield the values at `prefix`, without the members called so: none of their content is held."""
+    if without is None:
+        return parser.items(file, prefix, use_float=True)
+    events = parser.basic_parse(file, use_float=True)
+    return parser.items(parser.parse(_without(events, without)), prefix)
+
+
+def _without(events: Iterator[tuple[str, Any]], member: str) -> Iterator[tuple[str, Any]]:
+    """Yield a parser's events but those of the members called so."""
+    names = map(itemgetter(0), events)
+    for event in events:
+        if event != ("map_key", member):
+            yield event
+            continue
+        depth = _DEPTH.get(next(names), 0)
+        while depth:  # long rows of numbers go by without a line of Python each
+            depth += _DEPTH.get(next(dropwhile("number".__eq__, names)), 0)
+
+
+_DEPTH = {"start_map": 1, "start_array": 1, "end_map": -1, "end_array": -1}
 
 
 class _NotJsonError(Exception):

@@ -16,7 +16,8 @@ DEFAULT_PROMPT = "COCO Yes:"
 ROLES = ("system", "user", "assistant")
 
 # A key is a tar member's name up to its first dot: no dot, no slash, short enough for the oldest tar header.
-SAFE_KEY = re.compile(r"[A-Za-z0-9_-]{1,80}")
+MAX_KEY_CHARACTERS = 80
+SAFE_KEY = re.compile(rf"[A-Za-z0-9_-]{{1,{MAX_KEY_CHARACTERS}}}")
 
 
 class Picture(Protocol):
