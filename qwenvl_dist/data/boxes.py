@@ -14,6 +14,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import groupby
+from typing import Any
 
 REF_START, REF_END = "<|object_ref_start|>", "<|object_ref_end|>"
 BOX_START, BOX_END = "<|box_start|>", "<|box_end|>"
@@ -38,12 +39,18 @@ class Box:
 
     def iou(self, other: Box) -> float:
         """Return intersection over union, in [0, 1]. It is that of the pixels: scales cancel out."""
+        both = self.intersection(other)
+        return both / (self.area + other.area - both)
+
+    def share_in(self, other: Box) -> float:
+        """Return which share of this box lies in another one, in [0, 1]."""
+        return self.intersection(other) / self.area
+
+    def intersection(self, other: Box) -> int:
+        """Return the area that both cover, in squares of the grid."""
         width = min(self.x2, other.x2) - max(self.x1, other.x1)
         height = min(self.y2, other.y2) - max(self.y1, other.y1)
-        if width <= 0 or height <= 0:
-            return 0.0
-        both = width * height
-        return both / (self.area + other.area - both)
+        return max(0, width) * max(0, height)
 
     @property
     def area(self) -> int:
@@ -57,6 +64,22 @@ class NamedBox:
 
     name: str
     box: Box
+
+    def to_json(self) -> dict[str, Any]:
+        """Return what JSON files hold of it; the box is [x1, y1, x2, y2] in thousandths of the picture's sides."""
+        return {"name": self.name, "box": [self.box.x1, self.box.y1, self.box.x2, self.box.y2]}
+
+    @classmethod
+    def from_json(cls, content: Any) -> NamedBox:
+        """Read what `to_json` returned. Raises ValueError for something else."""
+        name, corners = (
+            (content.get("name"), content.get("box")) if isinstance(content, dict) else (None, None)
+        )
+        if isinstance(name, str) and isinstance(corners, list) and [type(c) for c in corners] == [int] * 4:
+            x1, y1, x2, y2 = corners
+            if 0 <= x1 < x2 < GRID and 0 <= y1 < y2 < GRID:
+                return cls(name, Box(x1, y1, x2, y2))
+        raise ValueError(f"{content!r:.80} is no name with a box [x1, y1, x2, y2] in thousandths")
 
 
 @dataclass(frozen=True)

@@ -59,8 +59,9 @@ class GroundingReader(CocoFileReader):
 
     Left out and counted: crowd annotations (a region, no object), and with them the question for that name in that
     picture, whose answer would be incomplete; boxes of no size, or wholly outside the picture; pictures without a box.
-    Boxes are cut to the picture. A picture whose shape contradicts the annotations is a `UserError`, or left out too
-    where missing ones are allowed; a missing one is a `UserError`, or left to the packer.
+    Samples about all objects have the crowds' regions beside their messages. Boxes are cut to the picture. A picture
+    whose shape contradicts the annotations is a `UserError`, or left out too where missing ones are allowed; a missing
+    one is a `UserError`, or left to the packer.
     """
 
     source, option, kind = "grounding", "--instances", "a COCO instances JSON file"
@@ -203,19 +204,27 @@ class GroundingReader(CocoFileReader):
             "ORDER BY id"
         )
         for image_id, name, key, *place in self.spill.execute(query):
-            for suffix, messages in self._conversations(image_id, _Placement(*place), Counter()):
-                yield Sample(f"{key}-{suffix}", messages, [self._picture(name)], image_id, self.source)
+            for suffix, messages, crowds in self._conversations(image_id, _Placement(*place), Counter()):
+                image = self._picture(name)
+                yield Sample(f"{key}-{suffix}", messages, [image], image_id, self.source, crowds)
 
     def _conversations(
         self, image_id: int | str, place: _Placement, left_out: Counter[str]
-    ) -> Iterator[tuple[str, list[dict[str, Any]]]]:
-        """Yield the conversations about one picture, each with the end of its key, and count what gives none."""
-        objects, crowded = _objects(self._annotations_of(image_id), self.names, place, left_out)
+    ) -> Iterator[tuple[str, list[dict[str, Any]], tuple[NamedBox, ...]]]:
+        """Yield the conversations about one picture, each with the end of its key and its crowds.
+
+        What gives none is counted in `left_out`.
+        """
+        objects, crowded, crowds = _objects(self._annotations_of(image_id), self.names, place, left_out)
         if not objects:
             left_out["pictures without a box"] += 1
             return
         if self.task in ("all_objects", "both"):
-            yield "all", caption_messages(self.all_prompt, write_objects([each for _, each in objects]))
+            yield (
+                "all",
+                caption_messages(self.all_prompt, write_objects([each for _, each in objects])),
+                crowds,
+            )
         if self.task == "all_objects":
             return
         numbers: dict[str, int] = {}
@@ -228,7 +237,7 @@ class GroundingReader(CocoFileReader):
                 left_out["questions about crowds"] += 1
                 continue
             prompt = self.find_prompt.replace("{name}", write_name(name))
-            yield f"c{numbers[name]}", caption_messages(prompt, write_objects(boxes))
+            yield f"c{numbers[name]}", caption_messages(prompt, write_objects(boxes)), ()
 
 
 def read_coco_instances(
@@ -309,24 +318,28 @@ def _parse_header(data: bytes) -> _Header | None:
 
 def _objects(
     annotations: Iterable[Row], names: dict[int, str], place: _Placement, left_out: Counter[str]
-) -> tuple[list[tuple[int, NamedBox]], set[str]]:
-    """Return the objects of a picture with their categories, in order, and the names of its crowds."""
+) -> tuple[list[tuple[int, NamedBox]], set[str], tuple[NamedBox, ...]]:
+    """Return the objects of a picture with their categories, in order; the names of its crowds; and their regions."""
     objects: list[tuple[int, NamedBox]] = []
     crowded: set[str] = set()
+    crowds: list[NamedBox] = []
     for category, is_crowd, x, y, width, height in annotations:
+        name = names[category]
+        box = on_grid(*place.corners(x, y, x + width, y + height)) if width > 0 and height > 0 else None
         if is_crowd:
             left_out["crowd annotations"] += 1
-            crowded.add(names[category])
-            continue
-        box = on_grid(*place.corners(x, y, x + width, y + height)) if width > 0 and height > 0 else None
-        if box is None:
+            crowded.add(name)
+            crowds += [NamedBox(name, box)] if box else []
+        elif box is None:
             left_out["boxes of no size or outside"] += 1
-            continue
-        objects.append((category, NamedBox(names[category], box)))
-    objects.sort(
-        key=lambda each: (each[1].name, each[1].box.x1, each[1].box.y1, each[1].box.x2, each[1].box.y2)
-    )
-    return objects, crowded
+        else:
+            objects.append((category, NamedBox(name, box)))
+    objects.sort(key=lambda each: _order(each[1]))
+    return objects, crowded, tuple(sorted(crowds, key=_order))
+
+
+def _order(each: NamedBox) -> tuple[str, int, int, int, int]:
+    return each.name, each.box.x1, each.box.y1, each.box.x2, each.box.y2
 
 
 def _is_int(value: object) -> bool:

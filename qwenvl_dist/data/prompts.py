@@ -21,8 +21,9 @@ from webdataset import filters, handlers
 from webdataset.pipeline import DataPipeline
 
 from qwenvl_dist.data.batch import BadSampleRecord
+from qwenvl_dist.data.boxes import NamedBox
 from qwenvl_dist.data.chat import Grid, Int64
-from qwenvl_dist.data.formats import parse_sample_json
+from qwenvl_dist.data.formats import crowds_of, parse_sample_json
 from qwenvl_dist.data.index import RawSample
 from qwenvl_dist.data.plan import RunPlan, StepLayout
 from qwenvl_dist.data.sizes import UnreadableImage
@@ -38,6 +39,7 @@ class Asked:
     image_id: int | str
     reference: str
     prompt: str = ""  # the text of the last question
+    crowds: tuple[NamedBox, ...] = ()  # regions in which boxes are neither right nor wrong
 
 
 @dataclass(frozen=True)
@@ -107,7 +109,13 @@ class PromptEncoder:
         record = parse_sample_json(raw.json, len(raw.images))
         messages, reference = split_last_answer(record["messages"])
         image_id = record.get("image_id")
-        asked = Asked(raw.key, raw.key if image_id is None else image_id, reference, text_of(messages[-1:]))
+        asked = Asked(
+            raw.key,
+            raw.key if image_id is None else image_id,
+            reference,
+            text_of(messages[-1:]),
+            crowds_of(record),
+        )
         return self.prompt(messages, raw.images, asked)
 
     def __call__(self, sample: PlannedSample) -> Prompt:

@@ -1,6 +1,7 @@
 """`evaluate --task grounding`: are the boxes that a model names where the reference has them?
 
-One prediction meets one true box of the same name, at an IoU of 0.5 or more (`scores/boxes.py`).
+One prediction meets one true box of the same name, at an IoU of 0.5 or more; one that meets none and lies in a crowd is
+ignored (`scores/boxes.py`).
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from qwenvl_dist.data.boxes import NamedBox, holds_boxes
+from qwenvl_dist.data.boxes import holds_boxes
 from qwenvl_dist.data.drawing import LEGEND, draw_objects
 from qwenvl_dist.data.sizes import UnreadableImage
 from qwenvl_dist.errors import CheckFailed, UserError
@@ -48,8 +49,11 @@ class Judged:
         boxes = self.boxes
         iou = {pair.predicted: round(pair.iou, 4) for pair in boxes.matches}
         found = {pair.true for pair in boxes.matches}
-        predicted = [{**_entry(each), "iou": iou.get(number)} for number, each in enumerate(boxes.predicted)]
-        true = [{**_entry(each), "found": number in found} for number, each in enumerate(boxes.true)]
+        predicted = [
+            {**each.to_json(), "iou": iou.get(number), "ignored": number in boxes.ignored}
+            for number, each in enumerate(boxes.predicted)
+        ]
+        true = [{**each.to_json(), "found": number in found} for number, each in enumerate(boxes.true)]
         return {
             "key": self.key,
             "image_id": self.image_id,
@@ -57,6 +61,7 @@ class Judged:
             "answer": self.answer,
             "predicted": predicted,
             "true": true,
+            "crowds": [crowd.to_json() for crowd in boxes.crowds],
             "malformed": boxes.malformed,
         }
 
@@ -73,7 +78,7 @@ class _Measured:
         """The answers to samples whose reference has boxes."""
         judged = []
         for asked, answer in self.answers.said:
-            boxes = judge(asked.prompt, asked.reference, answer)
+            boxes = judge(asked.prompt, asked.reference, answer, asked.crowds)
             if boxes is not None:
                 judged.append(Judged(asked.key, asked.image_id, asked.prompt, asked.reference, answer, boxes))
         return judged
@@ -193,7 +198,12 @@ def _write(
 def _facts(numbers: dict[str, Any], num_shown: int) -> list[tuple[str, str]]:
     shown = f", the first {num_shown} below" if num_shown < numbers["n"] else ""
     facts = [("samples", f"{numbers['n']}{shown}"), (DRAWN, LEGEND)]
-    for key, form in (*((name, ".3f") for name in SHOWN_SCORES), ("malformed", "d"), ("loss", ".4f")):
+    for key, form in (
+        *((name, ".3f") for name in SHOWN_SCORES),
+        ("malformed", "d"),
+        ("ignored", "d"),
+        ("loss", ".4f"),
+    ):
         value = format(numbers[key], form)
         if f"{key}_before" in numbers:
             value = f"{format(numbers[f'{key}_before'], form)} → {value}"
@@ -201,10 +211,6 @@ def _facts(numbers: dict[str, Any], num_shown: int) -> list[tuple[str, str]]:
             value = f"{value}, merged {format(numbers[f'{key}_merged'], form)}"
         facts.append((key.replace("_", " "), value))
     return facts
-
-
-def _entry(each: NamedBox) -> dict[str, Any]:
-    return {"name": each.name, "box": [each.box.x1, each.box.y1, each.box.x2, each.box.y2]}
 
 
 def _json(content: object) -> bytes:

@@ -131,10 +131,15 @@ def _pictures(run: RunFolder, rows: Sequence[Record]) -> tuple[dict[str, str], s
 def _with_boxes(data: bytes, row: Record) -> bytes:
     """Return a picture with the boxes of its answer and its reference, or as it is where nobody speaks of boxes."""
     from qwenvl_dist.data.drawing import draw_objects
+    from qwenvl_dist.data.formats import crowds_of
     from qwenvl_dist.scores.boxes import judge
 
     references = "".join(map(str, row.get("references") or ()))
-    boxes = judge(str(row.get("prompt", "")), references, str(row.get("answer", "")))
+    try:
+        crowds = crowds_of(row)
+    except ValueError:  # a damaged file still has its photos
+        crowds = ()
+    boxes = judge(str(row.get("prompt", "")), references, str(row.get("answer", "")), crowds)
     return data if boxes is None else draw_objects(data, boxes)
 
 

@@ -1,14 +1,19 @@
-"""How well predicted boxes meet the true ones: precision and recall at an IoU."""
+"""How well predicted boxes meet the true ones: precision and recall at an IoU.
+
+Crowd regions, in which nobody counted the objects, are what they are in COCO's evaluation (pycocotools, `iscrowd`): a
+prediction there that meets no true box is ignored, however many there are.
+"""
 
 from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
+from functools import cached_property
 
 from qwenvl_dist.data.boxes import NamedBox, asked_name, parse_objects
 
-THRESHOLD = 0.5  # intersection over union
+THRESHOLD = 0.5  # intersection over union; in a crowd, over the prediction's own area
 
 
 @dataclass(frozen=True)
@@ -25,9 +30,10 @@ class BoxCounts:
     """Counts that add up over answers. A malformed box is a prediction that meets nothing."""
 
     true: int = 0
-    predicted: int = 0  # malformed ones included
+    predicted: int = 0  # malformed ones included, ignored ones not
     matched: int = 0
     malformed: int = 0
+    ignored: int = 0  # predictions in a crowd
     iou: float = 0.0  # summed over what matched
 
     def __add__(self, other: BoxCounts) -> BoxCounts:
@@ -59,6 +65,7 @@ class BoxCounts:
             "predicted": self.predicted,
             "matched": self.matched,
             "malformed": self.malformed,
+            "ignored": self.ignored,
         }
 
 
@@ -74,7 +81,7 @@ def match(
         Match(p, t, iou)
         for p, one in enumerate(predicted)
         for t, other in enumerate(true)
-        if one.name.casefold() == other.name.casefold() and (iou := one.box.iou(other.box)) >= threshold
+        if _same_name(one, other) and (iou := one.box.iou(other.box)) >= threshold
     ]
     found: list[Match] = []
     taken: tuple[set[int], set[int]] = set(), set()
@@ -86,6 +93,10 @@ def match(
     return found
 
 
+def _same_name(one: NamedBox, other: NamedBox) -> bool:
+    return one.name.casefold() == other.name.casefold()
+
+
 @dataclass(frozen=True)
 class BoxAnswer:
     """One answer about boxes against its reference."""
@@ -94,6 +105,20 @@ class BoxAnswer:
     predicted: list[NamedBox]
     malformed: int
     matches: list[Match]
+    crowds: Sequence[NamedBox] = ()
+
+    @cached_property
+    def ignored(self) -> frozenset[int]:
+        """The predictions, by number, that meet no true box and lie in a crowd of their name."""
+        right = self.is_right
+        return frozenset(
+            number
+            for number, each in enumerate(self.predicted)
+            if not right[number]
+            and any(
+                _same_name(each, crowd) and each.box.share_in(crowd.box) >= THRESHOLD for crowd in self.crowds
+            )
+        )
 
     @property
     def is_right(self) -> list[bool]:
@@ -106,9 +131,10 @@ class BoxAnswer:
         """Everything in it."""
         return BoxCounts(
             true=len(self.true),
-            predicted=len(self.predicted) + self.malformed,
+            predicted=len(self.predicted) - len(self.ignored) + self.malformed,
             matched=len(self.matches),
             malformed=self.malformed,
+            ignored=len(self.ignored),
             iou=sum(pair.iou for pair in self.matches),
         )
 
@@ -118,18 +144,19 @@ class BoxAnswer:
         counts: dict[str, BoxCounts] = defaultdict(BoxCounts)
         for each in self.true:
             counts[each.name.casefold()] += BoxCounts(true=1)
-        for each in self.predicted:
-            counts[each.name.casefold()] += BoxCounts(predicted=1)
+        for number, each in enumerate(self.predicted):
+            is_ignored = number in self.ignored
+            counts[each.name.casefold()] += BoxCounts(predicted=not is_ignored, ignored=is_ignored)
         for pair in self.matches:
             counts[self.true[pair.true].name.casefold()] += BoxCounts(matched=1, iou=pair.iou)
         return dict(counts)
 
 
-def judge(prompt: str, reference: str, answer: str) -> BoxAnswer | None:
-    """Return an answer's boxes beside the reference's; None when the reference has none."""
+def judge(prompt: str, reference: str, answer: str, crowds: Sequence[NamedBox] = ()) -> BoxAnswer | None:
+    """Return an answer's boxes beside the reference's and its crowds; None when the reference has no box."""
     asked = asked_name(prompt)
     true = parse_objects(reference, asked).objects
     if not true:
         return None
     said = parse_objects(answer, asked)
-    return BoxAnswer(true, said.objects, said.malformed, match(said.objects, true))
+    return BoxAnswer(true, said.objects, said.malformed, match(said.objects, true), crowds)

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
-from qwenvl_dist.data.boxes import holds_boxes
+from qwenvl_dist.data.boxes import NamedBox, holds_boxes
 
 if TYPE_CHECKING:
     from qwenvl_dist.data.prompts import Asked
@@ -24,10 +24,13 @@ class ImageCaption:
     references: tuple[str, ...]
     caption: str  # what is scored
     answer: str  # all that the model said
+    crowds: tuple[NamedBox, ...] = ()  # of a question about boxes
 
     def to_json(self) -> dict[str, object]:
         """Return the picture's entry in a file of generations."""
-        return {**vars(self), "references": list(self.references)}
+        entry = {**vars(self), "references": list(self.references)}
+        crowds = [crowd.to_json() for crowd in entry.pop("crowds")]
+        return {**entry, "crowds": crowds} if crowds else entry
 
 
 def split_captions(text: str, mark: str) -> list[str]:
@@ -64,5 +67,6 @@ def by_image(answers: Iterable[tuple[Asked, str]], mark: str, scored: Scored) ->
             references,
             earlier.caption if earlier else scored_caption(answer, mark, scored),
             earlier.answer if earlier else answer,
+            earlier.crowds if earlier else asked.crowds,
         )
     return list(found.values())

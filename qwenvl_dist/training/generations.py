@@ -94,7 +94,7 @@ class Generations:
         mark = self.state.recipe.data.caption_mark
         assert mark is not None, "filled in when the data was opened"
         images = by_image(answers.said, mark, self.config.scored)
-        boxes = [judge(i.prompt, "".join(i.references), i.answer) for i in images]
+        boxes = [judge(i.prompt, "".join(i.references), i.answer, i.crowds) for i in images]
         values, each = self._caption_scores([i for i, b in zip(images, boxes, strict=True) if b is None])
         unused = iter(each)
         each = [next(unused) if b is None else _box_scores(b.counts) for b in boxes]

@@ -11,7 +11,7 @@ from PIL import Image, ImageOps
 
 from qwenvl_dist.__main__ import main
 from qwenvl_dist.data.boxes import GRID, parse_objects
-from qwenvl_dist.data.formats import Sample
+from qwenvl_dist.data.formats import Sample, parse_sample_json
 from qwenvl_dist.data.grounding import GroundingReader, read_coco_instances
 from qwenvl_dist.data.images import decode
 from qwenvl_dist.data.index import Manifest
@@ -101,6 +101,40 @@ def test_what_becomes_no_box_is_counted(content: Content, tmp_path: Path) -> Non
     assert "1-c18" not in by_key, "the answer would lack the crowd's dogs"
     assert by_key["2-c18"].endswith("(750,500),(999,999)<|box_end|>"), "cut to the picture"
     assert [each.name for each in parse_objects(by_key["1-all"]).objects] == ["dog", "dog", "red car"]
+
+
+def test_crowds_travel_with_the_question_about_all_objects(content: Content, tmp_path: Path) -> None:
+    before = {sample.key: sample.to_json() for sample in read(tmp_path, content)}
+    content["annotations"] += [
+        {"image_id": 1, "category_id": 3, "bbox": [100, 50, 200, 20], "iscrowd": 1},
+        {"image_id": 1, "category_id": 18, "bbox": [0, 0, 20, 100], "iscrowd": 1},
+        {"image_id": 1, "category_id": 18, "bbox": [9, 9, 0, 5], "iscrowd": 1},
+    ]
+    found = {sample.key: sample.to_json() for sample in read(tmp_path, content)}
+    record = json.loads(before["1-all"])
+    record["crowds"] = [
+        {"name": "dog", "box": [0, 0, 100, 999]},
+        {"name": "red car", "box": [500, 500, 999, 700]},  # cut to the picture
+    ]
+    assert json.loads(found.pop("1-all")) == record
+    assert found == {key: before[key] for key in ("2-all", "2-c3")}
+    only = [each for each in content["annotations"] if each["image_id"] == 2 or each["iscrowd"]]
+    nothing_else = read(tmp_path, {**content, "annotations": only})
+    assert [sample.key for sample in nothing_else] == ["2-all", "2-c3"]
+    assert nothing_else.left_out == {"crowd annotations": 3, "pictures without a box": 1}
+
+
+@pytest.mark.parametrize(
+    "crowds",
+    [3, [3], [{"name": "dog"}], [{"name": "dog", "box": [1, 2, 3]}], [{"name": 7, "box": [1, 2, 3, 4]}],
+     [{"name": "dog", "box": [5, 2, 3, 4]}], [{"name": "dog", "box": [1, 2, 3, 1000]}],
+     [{"name": "dog", "box": [1, 2, 3, 4.0]}]],
+)  # fmt: skip
+def test_crowds_of_another_form_are_a_fault(content: Content, tmp_path: Path, crowds: Any) -> None:
+    record = json.loads(next(iter(read(tmp_path, content))).to_json())
+    parse_sample_json(json.dumps({**record, "crowds": [{"name": "dog", "box": [1, 2, 3, 4]}]}).encode(), 1)
+    with pytest.raises(ValueError, match="crowds"):
+        parse_sample_json(json.dumps({**record, "crowds": crowds}).encode(), 1)
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ from PIL import Image
 
 from qwenvl_dist.__main__ import main
 from qwenvl_dist.data.boxes import Box, NamedBox, write_objects
-from qwenvl_dist.data.drawing import RIGHT, WRONG, draw_objects
+from qwenvl_dist.data.drawing import IGNORED, LEGEND, RIGHT, WRONG, draw_objects
 from qwenvl_dist.data.grounding import read_coco_instances
 from qwenvl_dist.data.pack import pack
 from qwenvl_dist.data.prompts import Asked, PromptBatch
@@ -134,6 +134,36 @@ def test_every_kind_of_answer_is_counted(
     assert abs(greens[1] - greens[2]) < 200
 
 
+def test_boxes_in_a_crowd_are_ignored(
+    base: Path,
+    scenes: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """The first scene has a crowd of cats on its right; every answer names two cats there and one on the left."""
+    content = json.loads((scenes / "instances.json").read_text())
+    content["categories"].append({"id": 99, "name": "cat"})
+    content["annotations"].append({"image_id": 1, "category_id": 99, "bbox": [28, 0, 28, 56], "iscrowd": 1})
+    (tmp_path / "instances.json").write_text(json.dumps(content))
+    shards = tmp_path / "shards"
+    pack(read_coco_instances(tmp_path / "instances.json", scenes / "images", "all_objects"), shards)
+    right, left = NamedBox("cat", Box(600, 10, 900, 200)), NamedBox("cat", Box(100, 10, 400, 200))
+    spoken(monkeypatch, lambda asked: asked.reference + write_objects([right, right, left]))
+    out = tmp_path / "out"
+    numbers = evaluated(base, shards, out, capsys)
+    # two shapes and three cats an answer; two cats of one of the three answers do not count
+    assert (numbers["boxes"], numbers["predicted"], numbers["matched"], numbers["ignored"]) == (6, 13, 6, 2)
+    assert (numbers["recall"], numbers["precision"]) == (1, 6 / 13)
+    by_name = json.loads((out / "evaluation.json").read_text())["by_name"]
+    assert (by_name["cat"]["predicted"], by_name["cat"]["ignored"]) == (7, 2)
+    first, second, _ = json.loads((out / "predictions.json").read_text())
+    assert first["crowds"] == [{"name": "cat", "box": [500, 0, 999, 999]}] and second["crowds"] == []
+    assert [each["ignored"] for each in first["predicted"]] == [False, False, True, True, False]
+    assert not any(each["ignored"] for each in second["predicted"])
+    assert LEGEND in (out / "comparison.html").read_text()
+
+
 def count_near(data: bytes, colour: tuple[int, int, int]) -> int:
     pixels = np.asarray(Image.open(io.BytesIO(data)).convert("RGB")).astype(int)
     return int((np.abs(pixels - colour).max(-1) < 40).sum())
@@ -212,6 +242,15 @@ def test_questions_about_one_picture_stay_apart() -> None:
     assert [image.references for image in images] == [(box,), (other,), ("A dog.", "A cat.")]
 
 
+def test_an_answer_keeps_the_crowds_of_its_question() -> None:
+    crowd = NamedBox("dog", Box(1, 2, 3, 4))
+    text = write_objects([crowd])
+    asked = [Asked("1-all", 1, text, "", (crowd,)), Asked("2-all", 2, text)]
+    first, second = (image.to_json() for image in by_image([(each, text) for each in asked], "&&", "first"))
+    assert first["crowds"] == [{"name": "dog", "box": [1, 2, 3, 4]}]
+    assert "crowds" not in second
+
+
 def test_boxes_are_drawn_where_they_are(scenes: Path) -> None:
     drawn = scene(0, 5, size=56)
     assert draw_scene(drawn).size == (56, 56)
@@ -232,3 +271,10 @@ def test_boxes_are_drawn_where_they_are(scenes: Path) -> None:
     assert image.getpixel((upper.box.x1 * 280 // 1000 + 1, middle)) == RIGHT
     assert image.getpixel((278, 140)) == WRONG
     assert count_near(picture, (255, 255, 255)) > 50, "the reference is dashed"
+    crowded = judge("", reference, write_objects([upper, wrong]), [wrong])
+    assert crowded is not None
+    image = Image.open(io.BytesIO(draw_objects(sample.images[0].read(), crowded)))
+    assert (image.getpixel((upper.box.x1 * 280 // 1000 + 1, middle)), image.getpixel((278, 140))) == (
+        RIGHT,
+        IGNORED,
+    )

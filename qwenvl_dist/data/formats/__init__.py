@@ -25,6 +25,7 @@ from qwenvl_dist.data.formats.sample import (
     Picture,
     Sample,
     caption_messages,
+    crowds_of,
     normalise_caption,
     parse_sample_json,
 )
@@ -53,6 +54,7 @@ __all__ = [
     "SampleReader",
     "TextRules",
     "caption_messages",
+    "crowds_of",
     "normalise_caption",
     "parse_sample_json",
     "read_coco_captions",

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
+from qwenvl_dist.data.boxes import NamedBox
 from qwenvl_dist.data.captions import DEFAULT_JOIN
 from qwenvl_dist.data.storage import LocalStorage, Storage
 
@@ -96,10 +97,17 @@ class Sample:
     images: list[Picture]
     image_id: int | str | None
     source: str
+    crowds: tuple[NamedBox, ...] = ()  # regions in which nobody counted the objects
 
     def to_json(self) -> bytes:
         """Return the bytes of the shard's `KEY.json`; the same sample always gives the same bytes."""
-        record = {"messages": self.messages, "image_id": self.image_id, "source": self.source}
+        record: dict[str, Any] = {
+            "messages": self.messages,
+            "image_id": self.image_id,
+            "source": self.source,
+        }
+        if self.crowds:
+            record["crowds"] = [crowd.to_json() for crowd in self.crowds]
         return json.dumps(record, ensure_ascii=False).encode()
 
 
@@ -150,7 +158,19 @@ def parse_sample_json(data: bytes, num_images: int | None = None) -> dict[str, A
         raise ValueError("no message of the assistant, so nothing to learn")
     if num_images is not None and placeholders != num_images:
         raise ValueError(f"the messages name {placeholders} images, {num_images} lie beside them")
+    crowds_of(record)
     return record
+
+
+def crowds_of(record: dict[str, Any]) -> tuple[NamedBox, ...]:
+    """Return the crowd regions that a record has, few have any. Raises ValueError for something else."""
+    crowds = record.get("crowds", [])
+    if not isinstance(crowds, list):
+        raise ValueError("'crowds' is not a list")
+    try:
+        return tuple(map(NamedBox.from_json, crowds))
+    except ValueError as error:
+        raise ValueError(f"crowds: {error}") from None
 
 
 def is_unicode(text: str) -> bool:
