@@ -21,6 +21,7 @@ import numpy as np
 
 from qwenvl_dist.errors import UserError
 from qwenvl_dist.synthetic.scenes import all_words
+from qwenvl_dist.synthetic.splits import whole_folder
 
 PATCH_SIZE, TEMPORAL_PATCH_SIZE, MERGE_SIZE, CHANNELS = 14, 2, 2, 3
 MAX_FILE_BYTES = 4_000_000_000
@@ -240,27 +241,16 @@ def write_random_base(out: Path, shape: str, text_files: Path | None = None, see
         missing = [name for name in TEXT_FILES if not (text_files / name).is_file()]
         if missing:
             raise UserError(f"{text_files} lacks {', '.join(missing)}; take all text files of the hub folder")
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise UserError(f"{out} exists and is not an empty folder; remove it or choose another --out")
-
-    temporary = out.with_name(out.name + ".partial")
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
-    try:
+    with whole_folder(out) as folder:
         if text_files is None:
-            write_scene_tokenizer(temporary)
-            config = base_config(numbers, first_special_id=_first_special_id(temporary))
+            write_scene_tokenizer(folder)
+            config = base_config(numbers, first_special_id=_first_special_id(folder))
         else:
             for name in TEXT_FILES:
-                shutil.copyfile(text_files / name, temporary / name)
+                shutil.copyfile(text_files / name, folder / name)
             config = base_config(numbers)
-        _write_json(temporary / "config.json", config)
-        _write_weights(temporary, numbers, seed, scaled=shape == "scenes")
-        if out.exists():
-            out.rmdir()
-        temporary.rename(out)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+        _write_json(folder / "config.json", config)
+        _write_weights(folder, numbers, seed, scaled=shape == "scenes")
     return out
 
 

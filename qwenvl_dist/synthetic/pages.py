@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import random
-import shutil
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -16,7 +15,7 @@ from pathlib import Path
 from PIL import Image, ImageDraw, ImageFont
 
 from qwenvl_dist.errors import UserError
-from qwenvl_dist.synthetic.scenes import SPLITS
+from qwenvl_dist.synthetic.splits import require_split, write_splits
 
 ONSETS = "bdfgklmnprstv"
 VOWELS = "aeiou"
@@ -45,8 +44,7 @@ def page(
     number: int, seed: int, split: str = "train", words: int = 40, width: int = 280, height: int = 280
 ) -> Page:
     """Return page `number` of a split, its letters as large as the words allow. `UserError` when none would do."""
-    if split not in SPLITS:
-        raise UserError(f"split is {split!r}; it must be one of {', '.join(SPLITS)}")
+    require_split(split)
     draw = random.Random(f"page/{seed}/{split}/{number}")
     text = [_word(draw) for _ in range(words)]
     for letter in range(max(8, height // 8), 7, -1):
@@ -96,25 +94,11 @@ def write_pages(
         raise UserError(
             f"a page of {width}x{height} pixels cannot be read; both must be at least {LEAST_SIDE}"
         )
-    numbers = count, max(1, count // 8) if validation_count is None else validation_count
-    if numbers[1] < 0:
-        raise UserError(f"validation count is {validation_count}; it must be at least 0")
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise UserError(f"{out} exists and is not an empty folder; remove it or choose another --out")
-    temporary = out.with_name(out.name + ".partial")
-    shutil.rmtree(temporary, ignore_errors=True)
-    try:
-        first_id = 1
-        for split, number in zip(SPLITS, numbers, strict=True):
-            pages = [page(n, seed, split, words, width, height) for n in range(number)]
-            _write_split(temporary / split, pages, first_id)
-            first_id += number
-        if out.exists():
-            out.rmdir()
-        temporary.rename(out)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-    return {split: out / split / "captions.json" for split in SPLITS}
+
+    def write_split(folder: Path, split: str, number: int, first_id: int) -> None:
+        _write_split(folder, [page(n, seed, split, words, width, height) for n in range(number)], first_id)
+
+    return write_splits(out, count, validation_count, write_split)
 
 
 def _write_split(folder: Path, pages: list[Page], first_id: int) -> None:

@@ -11,7 +11,6 @@ Everything is a pure function of (seed, split, number): no global random state, 
 import json
 import math
 import random
-import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +18,7 @@ from pathlib import Path
 from PIL import Image, ImageDraw
 
 from qwenvl_dist.errors import UserError
+from qwenvl_dist.synthetic.splits import require_split, write_splits
 
 COLOURS: dict[str, tuple[int, int, int]] = {
     "red": (214, 40, 40),
@@ -52,7 +52,6 @@ MIXED_STYLES: dict[str, tuple[str, ...]] = {
         "a {a} above, a {b} below.",
     ),
 }
-SPLITS = ("train", "validation")
 JPEG_QUALITY = 92
 SQUARE_HALF, TRIANGLE_REACH = 0.88, 1.25  # half a side, and centre to corner, in radii
 _SUPERSAMPLING = 4
@@ -107,8 +106,7 @@ def held_out(upper: int, lower: int) -> bool:
 
 def scene(number: int, seed: int, split: str = "train", size: int = 56) -> Scene:
     """Return scene `number` of a split, drawn at `size` x `size` pixels."""
-    if split not in SPLITS:
-        raise UserError(f"split is {split!r}; it must be one of {', '.join(SPLITS)}")
+    require_split(split)
     draw = random.Random(f"scene/{seed}/{split}/{number}")
     pairs = [
         (upper, lower)
@@ -194,26 +192,12 @@ def write_scenes(
         raise UserError(f"count is {count}; it must be at least 1")
     if size < 28:
         raise UserError(f"size is {size} pixels; it must be at least 28, so that shapes can be told apart")
-    if validation_count is None:
-        validation_count = max(1, count // 8)
-    if validation_count < 0:
-        raise UserError(f"validation count is {validation_count}; it must be at least 0")
     captions(scene(0, seed), style)  # a wrong style is told before anything is written
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise UserError(f"{out} exists and is not an empty folder; remove it or choose another --out")
-    temporary = out.with_name(out.name + ".partial")
-    shutil.rmtree(temporary, ignore_errors=True)
-    try:
-        first_id = 1
-        for split, number in zip(SPLITS, (count, validation_count), strict=True):
-            _write_split(temporary / split, split, number, first_id, seed, size, style)
-            first_id += number
-        if out.exists():
-            out.rmdir()
-        temporary.rename(out)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-    return {split: out / split / "captions.json" for split in SPLITS}
+
+    def write_split(folder: Path, split: str, number: int, first_id: int) -> None:
+        _write_split(folder, split, number, first_id, seed, size, style)
+
+    return write_splits(out, count, validation_count, write_split)
 
 
 def _write_split(

@@ -46,6 +46,7 @@ def test_the_same_arguments_give_the_same_bytes_and_other_seeds_other_pages(tmp_
         (["--count", "0"], "count is 0 and words 40"),
         (["--count", "1", "--width", "20"], "20x280 pixels cannot be read"),
         (["--count", "1", "--validation-count", "-1"], "validation count is -1"),
+        (["--count", "1", "--words", "2000"], "2000 words do not fit"),  # while pages are written
     ],
 )
 def test_mistakes_are_named(
@@ -54,3 +55,4 @@ def test_mistakes_are_named(
     with pytest.raises(SystemExit) as left:
         main(["synthetic", "pages", "--out", str(tmp_path / "pages"), *words])
     assert left.value.code == 2 and message in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
