@@ -6,7 +6,6 @@ ignored (`scores/boxes.py`).
 
 from __future__ import annotations
 
-import json
 import time
 from collections import defaultdict
 from collections.abc import Iterable
@@ -21,7 +20,18 @@ from qwenvl_dist.data.sizes import UnreadableImage
 from qwenvl_dist.errors import CheckFailed, UserError
 from qwenvl_dist.evaluate.captioner import Captioner
 from qwenvl_dist.evaluate.compare import Comparison, comparison_page
-from qwenvl_dist.evaluate.results import ADAPTER, BASE, MERGED, NUMBERS, PAGE, PAGE_PICTURES, PREDICTIONS
+from qwenvl_dist.evaluate.results import (
+    ADAPTER,
+    BASE,
+    MERGED,
+    NUMBERS,
+    PAGE,
+    PAGE_PICTURES,
+    compared,
+    indented_json,
+    samples_fact,
+    write_predictions,
+)
 from qwenvl_dist.evaluate.run import ShardEvaluation, require_some
 from qwenvl_dist.files import write_atomic
 from qwenvl_dist.logs import get_logger
@@ -170,14 +180,9 @@ def _write(
     title: str,
     work: ShardEvaluation,
 ) -> None:
-    named = {"": after, "_base": others.get("before"), "_merged": others.get("merged")}
-    for suffix, each in named.items():
-        path = out / PREDICTIONS.replace(".", f"{suffix}.")
-        if each is None:
-            path.unlink(missing_ok=True)  # of an earlier evaluation, beside other numbers
-        else:
-            write_atomic(path, _json([one.to_json() for one in each.judged]))
-    write_atomic(out / NUMBERS, _json({**numbers, "by_name": after.by_name()}))
+    said = {name: [one.to_json() for one in each.judged] for name, each in others.items()}
+    write_predictions(out, [one.to_json() for one in after.judged], said.get("before"), said.get("merged"))
+    write_atomic(out / NUMBERS, indented_json({**numbers, "by_name": after.by_name()}))
     rows, drawn = [], []
     shown = after.judged[:PAGE_PICTURES]
     pictures = work.pictures([one.key for one in shown])
@@ -196,22 +201,6 @@ def _write(
 
 
 def _facts(numbers: dict[str, Any], num_shown: int) -> list[tuple[str, str]]:
-    shown = f", the first {num_shown} below" if num_shown < numbers["n"] else ""
-    facts = [("samples", f"{numbers['n']}{shown}"), (DRAWN, LEGEND)]
-    for key, form in (
-        *((name, ".3f") for name in SHOWN_SCORES),
-        ("malformed", "d"),
-        ("ignored", "d"),
-        ("loss", ".4f"),
-    ):
-        value = format(numbers[key], form)
-        if f"{key}_before" in numbers:
-            value = f"{format(numbers[f'{key}_before'], form)} → {value}"
-        if f"{key}_merged" in numbers:
-            value = f"{value}, merged {format(numbers[f'{key}_merged'], form)}"
-        facts.append((key.replace("_", " "), value))
-    return facts
-
-
-def _json(content: object) -> bytes:
-    return (json.dumps(content, ensure_ascii=False, indent=1) + "\n").encode()
+    forms = {**dict.fromkeys(SHOWN_SCORES, ".3f"), "malformed": "d", "ignored": "d", "loss": ".4f"}
+    facts = [(key.replace("_", " "), compared(numbers, key, form)) for key, form in forms.items()]
+    return [samples_fact(numbers, num_shown), (DRAWN, LEGEND), *facts]

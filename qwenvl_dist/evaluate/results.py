@@ -100,15 +100,12 @@ class Results:
             log.warning("left out %s: %s: %s", record.shard, record.key, record.reason)
         if len(bad) > BAD_SAMPLES_SHOWN:
             log.warning("left out %d samples in all", len(bad))
-        named = (("", self.after), ("_base", self.before), ("_merged", self.merged))
-        for suffix, measured in named:
-            path = out / PREDICTIONS.replace(".", f"{suffix}.")
-            if measured is None:
-                path.unlink(missing_ok=True)  # of an earlier evaluation, beside other numbers
-            else:
-                results = [{"image_id": i.image_id, "caption": i.caption} for i in measured.images]
-                write_atomic(path, _json(results))
-        write_atomic(out / CAPTIONS, _json(self._captions()))
+        after, before, merged = (
+            None if each is None else [{"image_id": i.image_id, "caption": i.caption} for i in each.images]
+            for each in (self.after, self.before, self.merged)
+        )
+        write_predictions(out, after, before, merged)
+        write_atomic(out / CAPTIONS, indented_json(self._captions()))
         rows = self._write_page(out / PAGE, title, pictures)
         write_atomic(out / NUMBERS, (json.dumps(self.numbers, indent=2) + "\n").encode())
         return rows
@@ -144,21 +141,42 @@ class Results:
 
     def _facts(self, num_shown: int) -> list[tuple[str, str]]:
         numbers = self.numbers
-        shown = f", the first {num_shown} below" if num_shown < numbers["n"] else ""
-        facts = [("samples", f"{numbers['n']}{shown}")]
+        facts = [samples_fact(numbers, num_shown)]
         forms = {"loss": ("loss", ".4f"), "exact_match": ("exact match", ".1%")}
         forms |= {name: (name.replace("_", "-"), ".3f") for name in self.after.scores.overall}
         for key, (name, form) in forms.items():
-            value = format(numbers[key], form)
-            if f"{key}_before" in numbers:
-                value = f"{format(numbers[f'{key}_before'], form)} → {value}"
-            if f"{key}_merged" in numbers:
-                value = f"{value}, merged {format(numbers[f'{key}_merged'], form)}"
-            facts.append((name, value))
+            facts.append((name, compared(numbers, key, form)))
         if numbers["bad_samples"]:
             facts.append(("unreadable samples", str(numbers["bad_samples"])))
         return facts
 
 
-def _json(content: object) -> bytes:
+def write_predictions(out: Path, after: object, before: object | None, merged: object | None) -> None:
+    """Write what the model that counts said, and the base and a merged one beside it where they were asked."""
+    for suffix, content in (("", after), ("_base", before), ("_merged", merged)):
+        path = out / PREDICTIONS.replace(".", f"{suffix}.")
+        if content is None:
+            path.unlink(missing_ok=True)  # of an earlier evaluation, beside other numbers
+        else:
+            write_atomic(path, indented_json(content))
+
+
+def samples_fact(numbers: dict[str, Any], num_shown: int) -> tuple[str, str]:
+    """Return the first fact of a page: how many samples there are, and how many of them it shows."""
+    shown = f", the first {num_shown} below" if num_shown < numbers["n"] else ""
+    return "samples", f"{numbers['n']}{shown}"
+
+
+def compared(numbers: dict[str, Any], key: str, form: str) -> str:
+    """Return one number as a page shows it, beside those of the base and of a merged model where there are any."""
+    value = format(numbers[key], form)
+    if f"{key}_before" in numbers:
+        value = f"{format(numbers[f'{key}_before'], form)} → {value}"
+    if f"{key}_merged" in numbers:
+        value = f"{value}, merged {format(numbers[f'{key}_merged'], form)}"
+    return value
+
+
+def indented_json(content: object) -> bytes:
+    """Return the bytes of a JSON file for people too."""
     return (json.dumps(content, ensure_ascii=False, indent=1) + "\n").encode()
