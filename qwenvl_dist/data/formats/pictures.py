@@ -15,7 +15,10 @@ from qwenvl_dist.data.formats.turns import FormatError
 from qwenvl_dist.data.storage import LocalStorage, Storage, is_remote, open_file, open_storage, scheme_of
 from qwenvl_dist.errors import UserError
 
+_BASE64 = re.compile(r"[A-Za-z0-9+/\s]+={0,2}\s*")
+LONGEST_NAME = 1000  # characters; what is longer is no path, but may be a picture in base64
 _DATA = re.compile(r"data:[\w.+-]+/[\w.+-]+(?:;[\w=.+-]+)*;base64,")
+LONGEST_SHOWN = 200  # characters of a name in an error
 STORAGES_KEPT = 64  # of pictures that are named by URL
 
 
@@ -44,6 +47,8 @@ class Pictures:
         name = name.strip()
         if name.startswith("data:"):
             return _from_data_url(name)
+        if len(name) > LONGEST_NAME and _BASE64.fullmatch(name):
+            return _from_base64(name, name)
         if is_remote(name):
             return self._by_url(name)
         if scheme_of(name) == "file":
@@ -60,7 +65,7 @@ class Pictures:
         return ImageRef(Path(name), self._remote.setdefault(folder, storage))
 
     def _by_path(self, name: str) -> ImageRef:
-        path = PurePosixPath(name)
+        path = PurePosixPath(name.replace("\\", "/"))
         if self.folder is not None and not isinstance(self.folder, LocalStorage):
             if ".." in path.parts:
                 raise FormatError(f"names the picture {name!r}: it must lie below --images")
@@ -73,31 +78,38 @@ class Pictures:
             return ImageRef(Path(path), self.beside)
         if not self.allow_missing:
             raise FormatError(
-                f"names the picture {name!r}, there is no file {' or '.join(dict.fromkeys(candidates))}: "
+                f"names the picture {name[:LONGEST_SHOWN]!r}, there is no file "
+                f"{' or '.join(one[:LONGEST_SHOWN] for one in dict.fromkeys(candidates))}: "
                 "name the folder that holds it with --images, or pack without it (--skip-bad)"
             )
         return ImageRef(Path(candidates[0]))
 
     def _candidates(self, name: str) -> Iterable[str]:
+        names = [name, name.replace("\\", "/")] if "\\" in name else [name]  # as Windows writes it
         is_absolute = name.startswith("/")
-        if is_absolute:
-            yield name
+        for one in names:
+            if is_absolute:
+                yield one
+            elif isinstance(self.folder, LocalStorage):
+                yield f"{self.folder.folder}/{one}"
+            else:
+                if isinstance(self.beside, LocalStorage):
+                    yield f"{self.beside.folder}/{one}"
+                yield one
         if isinstance(self.folder, LocalStorage):
-            if not is_absolute:
-                yield f"{self.folder.folder}/{name}"
-            yield f"{self.folder.folder}/{name.replace(chr(92), '/').rpartition('/')[2]}"  # of Windows too
-        elif not is_absolute:
-            if isinstance(self.beside, LocalStorage):
-                yield f"{self.beside.folder}/{name}"
-            yield name
+            yield f"{self.folder.folder}/{names[-1].rpartition('/')[2]}"
 
 
 def _from_data_url(url: str) -> InlineImage:
     head = _DATA.match(url)
     if head is None:
         raise FormatError(f"has the data URL {short(url)}: it must begin like 'data:image/jpeg;base64,'")
+    return _from_base64(url[head.end() :], url)
+
+
+def _from_base64(text: str, name: str) -> InlineImage:
     try:
-        data = base64.b64decode(url[head.end() :], validate=True)
+        data = base64.b64decode("".join(text.split()), validate=True)
     except (binascii.Error, ValueError) as error:
         raise FormatError(f"has a data URL that is not base64 ({error}): write it anew") from None
-    return InlineImage(data, f"{url[:24]}…")
+    return InlineImage(data, f"{name[:24]}…")
