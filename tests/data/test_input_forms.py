@@ -86,6 +86,58 @@ def test_several_turns_pictures_and_a_system_prompt_in_every_form(folder: Path) 
         assert spoken(read(source, write(folder, record, lines=True))[0]) == expected, source
 
 
+def test_one_question_and_answer_in_the_forms_of_many_programs(folder: Path) -> None:
+    expected = [
+        ("system", ["Be brief."]),
+        ("user", ["Hello."]),
+        ("assistant", ["Yes?"]),
+        ("user", ["a.jpg", "What?"]),
+        ("assistant", ["A bus."]),
+    ]
+    more = {"system": "Be brief.", "images": ["a.jpg"]}
+    history = {**more, "history": [["Hello.", "Yes?"]]}
+    asked = [{"human": "Hello.", "assistant": "Yes?"}, {"human": "<image>What?", "assistant": "A bus."}]
+    for record in (
+        {"query": "<image>What?", "response": "A bus.", **history},
+        {"query": "<img>a.jpg</img>What?", "response": "A bus.", **history, "images": []},
+        {"instruction": "<image>What?", "input": "", "output": "A bus.", **history},
+        {"instruction": "<image>", "input": "What?", "output": "A bus.", **history},
+        {"conversation": asked, **more},
+    ):
+        assert spoken(read("messages", write(folder, record))[0]) == expected, record
+
+
+def test_pictures_that_the_text_does_not_place_come_before_the_first_words(folder: Path) -> None:
+    listed = {"images": ["a.jpg", {"bytes": base64.b64encode(jpeg(1)).decode(), "path": None}]}
+    said = {
+        "messages": [
+            {"role": "system", "content": "Be brief."},
+            {"role": "user", "content": "Which?"},
+            {"role": "assistant", "content": "Both."},
+        ]
+    }
+    for source, record in (
+        ("messages", {**said, **listed}),
+        ("llava", {**chat("Which?", "Both.", system="Be brief."), "image": listed["images"]}),
+        ("llava", {**chat("Which?", "Both.", system="Be brief."), **listed}),
+    ):
+        (sample,) = read(source, write(folder, record))
+        assert [image.read() for image in sample.images] == [jpeg(0), jpeg(1)]
+        assert [p["type"] for p in sample.messages[1]["content"]] == ["image", "image", "text"]
+
+
+def test_a_picture_and_captions_as_one_record(folder: Path) -> None:
+    for record in (
+        {"image": "a.jpg", "caption": ["A bus.", "Red."], "image_id": 7},
+        {"file_name": "a.jpg", "text": "A bus.&&Red.", "image_id": 7},
+        {"images": ["a.jpg"], "captions": ["A bus. ", " Red."], "image_id": 7},
+    ):
+        (sample,) = read("messages", write(folder, record, lines=True))
+        assert spoken(sample) == [("user", ["a.jpg", "COCO Yes:"]), ("assistant", ["A bus.&&Red."])]
+        assert (sample.key, sample.image_id) == ("a", 7)
+    assert_refused("messages", write(folder, {"image": "a.jpg", "caption": 3}), "3 for 'caption'", "a list")
+
+
 def test_text_alone_is_a_sample(folder: Path) -> None:
     expected = [("user", ["Two and two?"]), ("assistant", ["Four."])]
     said = ("Two and two?", "Four.")
@@ -163,8 +215,16 @@ def test_a_picture_is_found_by_path_name_url_or_data(folder: Path, tmp_path: Pat
     data = "data:image/jpeg;base64," + base64.b64encode(jpeg(0)).decode()
     for name in ("a.jpg", str(folder / "a.jpg"), f"file://{folder}/a.jpg", data):
         assert images(name) == [jpeg(0)]
-    for name in ("c.jpg", "coco_2014_caption/c.jpg", "/gone/long/ago/c.jpg"):
+    for name in ("c.jpg", "coco_2014_caption/c.jpg", "/gone/long/ago/c.jpg", r"D:\data\c.jpg"):
         assert images(name, images=elsewhere) == [jpeg(2)]
+    (elsewhere / "train").mkdir()
+    (elsewhere / "train" / "c.jpg").write_bytes(jpeg(3))
+    assert images(r"train\c.jpg", images=elsewhere) == images(r"photos\train\c.jpg") == [jpeg(3)]
+    plain = base64.b64encode(jpeg(0) + bytes(1000)).decode()
+    assert images(plain) == [jpeg(0) + bytes(1000)]
+    with pytest.raises(UserError) as error:
+        images("x." * 3000)
+    assert len(str(error.value)) < 1000
 
 
 def test_csv_takes_quotes_columns_marks_and_line_ends(folder: Path) -> None:
@@ -224,9 +284,11 @@ BAD_JSON = [
     (json.dumps([{"conversations": [{"from": "tool", "value": "x"}]}]), "the role 'tool'", "human"),
     (json.dumps([{"conversations": [{"from": "human"}]}]), "conversations[0]", "'value'"),
     (json.dumps([chat("<image><image>?", "x", image="a.jpg")]), "names 1 pictures", "has 2 places"),
-    (json.dumps([chat("?", "x", image="a.jpg")]), "has 0 places", "write <image>"),
+    (json.dumps([chat("<image>?", "x", image=["a.jpg", "b.jpg"])]), "has 1 places", "write <image>"),
+    (json.dumps([chat("?", "x", video="a.mp4")]), "has 'video'", "drop the record"),
+    (json.dumps([chat("?", "x\0")]), "NUL character", "take it out"),
     (json.dumps([chat("<image>?", "x", image="gone.jpg")]), "'gone.jpg'", "--images"),
-    (json.dumps([chat("<image>?", "x", image=5)]), "names the picture 5", "a path or a URL"),
+    (json.dumps([chat("<image>?", "x", image=5)]), "has 5 for 'image'", "a path or URL"),
     (json.dumps([chat("<image>?", "x", image="data:x")]), "data URL", "image/jpeg"),
     (json.dumps([chat("<video>?", "x")]), "'<video>' inside a text", "take it out"),
     (json.dumps([chat("?", "<image>x", image="a.jpg")]), "picture in a turn of the assistant", "user"),
@@ -256,6 +318,31 @@ def test_a_faulty_json_is_one_line(folder: Path, content: str, words: str, remed
             ["content[0]", "audio"],
         ),
         ("messages", {"messages": [{"role": "user", "content": "?"}], "images": 3}, ["3 for 'images'"]),
+        ("messages", {"image": "a.jpg"}, ["no list 'messages'", "query", "caption"]),
+        ("messages", {"query": "?", "response": None}, ["null for 'response'"]),
+        ("messages", {"query": "?", "response": "x", "history": ["y"]}, ["history[0]"]),
+        ("messages", {"conversation": [{"human": "?"}]}, ["conversation[0]", "'assistant'"]),
+        (
+            "messages",
+            {"query": "<ref-object>?", "response": "<bbox>", "objects": {"ref": ["a"]}},
+            ["'objects'"],
+        ),
+        ("messages", {"query": "?", "response": "x", "audios": ["a.mp3"]}, ["'audios'", "drop the record"]),
+        (
+            "messages",
+            {
+                "messages": [
+                    {"role": "user", "content": "?"},
+                    {"role": "assistant", "content": "x", "weight": 0},
+                ]
+            },
+            ["messages[1]", "'weight' 0"],
+        ),
+        (
+            "messages",
+            {"messages": [{"role": "user", "content": [{"type": "input_image", "file_id": "f"}]}]},
+            ["content[0]", "file_id"],
+        ),
         ("messages", chat("a", "b") | {"conversations": []}, ["no list 'conversations'"]),
     ],
 )

@@ -94,6 +94,13 @@ def test_turns_as_one_list_a_member(tmp_path: Path) -> None:
     assert [part["type"] for part in sample.messages[0]["content"]] == ["image", "text"]
 
 
+def test_pairs_of_question_and_answer_as_the_cauldron_has_them(tmp_path: Path) -> None:
+    texts = [{"user": "What?", "assistant": "A bus.", "source": "x"}, {"user": "And?", "assistant": "No."}]
+    (sample,) = read(table(tmp_path, [{"images": [inside(1), inside(2)], "texts": texts}]))
+    assert [m["role"] for m in sample.messages] == ["user", "assistant"] * 2
+    assert [part["type"] for part in sample.messages[0]["content"]] == ["image", "image", "text"]
+
+
 def test_splits_are_chosen_by_name(tmp_path: Path) -> None:
     import datasets
 

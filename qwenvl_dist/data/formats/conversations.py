@@ -7,15 +7,15 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Callable
+import json
 from typing import Any
 
 from qwenvl_dist.data.formats.reader import Draft, FileReader, need_list, need_object
 from qwenvl_dist.data.formats.sample import short
-from qwenvl_dist.data.formats.turns import FormatError, Part, Turn, check_text, role_of, split_marks
+from qwenvl_dist.data.formats.turns import FormatError, Turn, check_text, role_of, split_marks
 
-PATH_MARK = re.compile(r"<\|vision_start\|>(.*?)<\|vision_end\|>", re.DOTALL)
+UNHEARD = ("videos", "video", "audios", "audio")
+FILLED_IN = ("<ref-object>", "<bbox>")  # by ms-swift, from `objects`
 EXAMPLE = '{"conversations": [{"from": "user", "value": ...}, {"from": "assistant", "value": ...}]}'
 
 
@@ -34,19 +34,16 @@ class ConversationsReader(FileReader):
                     f"<|vision_end|>: read it with --source {'llava' if name == 'image' else 'messages'}"
                 )
         turns = need_list(record.get("conversations"), "conversations", EXAMPLE)
-        return self._conversation(record, [from_value(turn, n, by_path) for n, turn in enumerate(turns)])
+        refuse_other_media(record)
+        said = [from_value(turn, number) for number, turn in enumerate(turns)]
+        return self._conversation(record, [*system_turn(record), *said])
 
 
-def by_path(text: str) -> list[Part]:
-    """Return the parts of a text that names its pictures' paths."""
-    return split_marks(text, PATH_MARK)
-
-
-def from_value(turn: Any, number: int, split: Callable[[str], list[Part]]) -> Turn:
+def from_value(turn: Any, number: int) -> Turn:
     """Return the turn that `from` and `value` say. Raises FormatError."""
     if not isinstance(turn, dict) or not isinstance(turn.get("value"), str):
         raise FormatError(f"has in conversations[{number}] {short(turn)}: it needs 'from' and a text 'value'")
-    return Turn(role_of(turn.get("from")), split(turn["value"]))
+    return Turn(role_of(turn.get("from")), split_marks(turn["value"]))
 
 
 def system_turn(record: dict[str, Any]) -> list[Turn]:
@@ -58,3 +55,17 @@ def system_turn(record: dict[str, Any]) -> list[Turn]:
         raise FormatError(f"has the system prompt {short(text)}: it must be a text")
     check_text(text)
     return [Turn("system", [text])]
+
+
+def refuse_other_media(record: dict[str, Any]) -> None:
+    """Raise FormatError for what would be lost: videos, sounds, boxes that are to be filled into the text."""
+    for name in UNHEARD:
+        if record.get(name):
+            raise FormatError(
+                f"has {name!r} {short(record[name])}: only pictures and texts are learned; drop the record"
+            )
+    if record.get("objects") and any(mark in json.dumps(record) for mark in FILLED_IN):
+        raise FormatError(
+            f"has 'objects' {short(record['objects'])} for <ref-object> and <bbox>: write the boxes into the text, "
+            "as docs/grounding.md shows them"
+        )

@@ -9,9 +9,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from qwenvl_dist.data.formats.conversations import from_value, system_turn
+from qwenvl_dist.data.formats.conversations import from_value, refuse_other_media, system_turn
+from qwenvl_dist.data.formats.messages import listed_pictures
 from qwenvl_dist.data.formats.reader import Draft, FileReader, need_list, need_object
-from qwenvl_dist.data.formats.turns import split_marks
 
 EXAMPLE = (
     '{"image": "a.jpg", "conversations": '
@@ -27,8 +27,7 @@ class LlavaReader(FileReader):
 
     def _draft(self, value: Any) -> Draft:
         record = need_object(value, EXAMPLE)
-        image = record.get("image")
-        names = image if isinstance(image, list) else [] if image is None or image == "" else [image]
+        refuse_other_media(record)
         turns = need_list(record.get("conversations"), "conversations", EXAMPLE)
-        said = [from_value(turn, number, split_marks) for number, turn in enumerate(turns)]
-        return self._conversation(record, [*system_turn(record), *said], names)
+        said = [from_value(turn, number) for number, turn in enumerate(turns)]
+        return self._conversation(record, [*system_turn(record), *said], listed_pictures(record))

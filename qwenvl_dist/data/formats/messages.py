@@ -1,4 +1,4 @@
-"""Messages as JSON lines or a JSON array, in the forms of three families of programs.
+"""Conversations and captions as JSON lines or a JSON array, in the forms of many programs.
 
 OpenAI and Qwen: the content is a list of parts, pictures among them, by path, URL or data URL.
     {"messages": [{"role": "user", "content": [{"type": "image", "image": "a.jpg"}, {"type": "text", "text": "..."}]},
@@ -6,58 +6,141 @@ OpenAI and Qwen: the content is a list of parts, pictures among them, by path, U
 ms-swift: the content is a text with <image>, the pictures are listed beside it.
     {"messages": [{"role": "user", "content": "<image>..."}, {"role": "assistant", "content": "..."}],
      "images": ["a.jpg"]}
-LLaMA-Factory, sharegpt: the same with other words.
+    {"query": "<image>...", "response": "...", "history": [["...", "..."]], "images": ["a.jpg"]}
+    {"conversation": [{"human": "<image>...", "assistant": "..."}], "images": ["a.jpg"]}
+LLaMA-Factory: sharegpt, and alpaca.
     {"conversations": [{"from": "human", "value": "<image>..."}, {"from": "gpt", "value": "..."}], "images": ["a.jpg"]}
+    {"instruction": "<image>...", "input": "...", "output": "...", "history": [["...", "..."]], "images": ["a.jpg"]}
+A picture and what is to be said of it.
+    {"image": "a.jpg", "caption": "..."}
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
-from qwenvl_dist.data.formats.conversations import from_value, system_turn
-from qwenvl_dist.data.formats.reader import Draft, FileReader, need_list, need_object
-from qwenvl_dist.data.formats.sample import short
+from qwenvl_dist.data.formats.conversations import from_value, refuse_other_media, system_turn
+from qwenvl_dist.data.formats.reader import Draft, FileReader, id_of, need_list, need_object
+from qwenvl_dist.data.formats.sample import caption_messages, short
 from qwenvl_dist.data.formats.turns import FormatError, Named, Part, Turn, role_of, split_marks
 
 EXAMPLE = '{"messages": [{"role": "user", "content": ...}, {"role": "assistant", "content": ...}]}'
+IMAGE_FIELDS = ("images", "image", "image_path", "file_name")
+CAPTION_FIELDS = ("caption", "captions", "text")
+PAIRS = (("query", "response"), ("instruction", "output"))  # of ms-swift and of LLaMA-Factory's alpaca
+TURN_WEIGHTS = ("loss", "weight")  # of ms-swift and OpenAI: whether a turn is to be learned
 
 
 class MessagesReader(FileReader):
-    """One record, one conversation."""
+    """One record, one conversation, or one caption."""
 
     source = "messages"
     kind = "a file of messages"
 
     def _draft(self, value: Any) -> Draft:
         record = need_object(value, EXAMPLE)
-        return self._conversation(record, turns_of(record), listed_pictures(record))
+        names = listed_pictures(record)
+        captions = captions_of(record)
+        if captions is None or not names:
+            return self._conversation(record, turns_of(record), names)
+        images = [self.pictures.find(name) for name in names]
+        messages = caption_messages(self.rules.prompt, self.rules.captions(captions), len(images))
+        return Draft(messages, images, id_of(record, "id"), id_of(record, "image_id"))
 
 
 def turns_of(record: dict[str, Any]) -> list[Turn]:
-    """Return what was said, in `messages` or `conversations`. Raises FormatError."""
-    if "messages" not in record and "conversations" in record:
-        turns = need_list(record["conversations"], "conversations", EXAMPLE)
-        said = [from_value(turn, number, split_marks) for number, turn in enumerate(turns)]
-    else:
-        messages = need_list(record.get("messages"), "messages", EXAMPLE)
+    """Return what was said. Raises FormatError."""
+    refuse_other_media(record)
+    if "messages" in record:
+        messages = need_list(record["messages"], "messages", EXAMPLE)
         said = [_turn(message, number) for number, message in enumerate(messages)]
+    elif "conversations" in record:
+        turns = need_list(record["conversations"], "conversations", EXAMPLE)
+        said = [from_value(turn, number) for number, turn in enumerate(turns)]
+    elif "conversation" in record:
+        said = pairs_of(need_list(record["conversation"], "conversation", EXAMPLE), "conversation")
+    else:
+        said = list(_question_and_answer(record))
     return [*system_turn(record), *said]
+
+
+def pairs_of(pairs: list[Any], name: str) -> list[Turn]:
+    """Return the turns of `{"human": ..., "assistant": ...}`, or `user` for `human`. Raises FormatError."""
+    said: list[Turn] = []
+    for number, pair in enumerate(pairs):
+        question, answer = (
+            next((pair[role] for role in roles if isinstance(pair, dict) and role in pair), None)
+            for roles in (("human", "user"), ("assistant",))
+        )
+        if not isinstance(question, str) or not isinstance(answer, str):
+            raise FormatError(
+                f"has in {name}[{number}] {short(pair)}: it needs the texts 'human' (or 'user') and 'assistant'"
+            )
+        said += [Turn("user", split_marks(question)), Turn("assistant", split_marks(answer))]
+    return said
+
+
+def _question_and_answer(record: dict[str, Any]) -> Iterator[Turn]:
+    """Yield the turns of a record of one question, one answer, and what was said before."""
+    names = next((pair for pair in PAIRS if any(name in record for name in pair)), None)
+    if names is None:
+        known = ", ".join(
+            ("conversations", "conversation", *(pair[0] for pair in PAIRS), "caption with a picture")
+        )
+        raise FormatError(f"has no list 'messages': it must be like {EXAMPLE}, or have {known}")
+    for number, pair in enumerate(record.get("history") or []):
+        if not isinstance(pair, list) or len(pair) != 2 or not all(isinstance(text, str) for text in pair):
+            raise FormatError(
+                f'has in history[{number}] {short(pair)}: it must be ["a question", "its answer"]'
+            )
+        yield Turn("user", split_marks(pair[0]))
+        yield Turn("assistant", split_marks(pair[1]))
+    for name in names:
+        if not isinstance(record.get(name), str):
+            raise FormatError(f"has {short(record.get(name))} for {name!r}: it must be a text")
+    question, answer = record[names[0]], record[names[1]]
+    more = record.get("input") if names[0] == "instruction" else None
+    if more is not None and not isinstance(more, str):
+        raise FormatError(f"has {short(more)} for 'input': it must be a text")
+    yield Turn("user", split_marks(f"{question}\n{more}" if more else question))
+    yield Turn("assistant", split_marks(answer))
+
+
+def captions_of(record: dict[str, Any]) -> list[str] | None:
+    """Return the captions of a record that is no conversation, None for another record. Raises FormatError."""
+    if any(
+        name in record
+        for name in ("messages", "conversations", "conversation", *(n for p in PAIRS for n in p))
+    ):
+        return None
+    name = next((name for name in CAPTION_FIELDS if name in record), None)
+    if name is None:
+        return None
+    found = record[name] if isinstance(record[name], list) else [record[name]]
+    captions = [text for text in found if isinstance(text, str)]
+    if len(captions) != len(found):
+        raise FormatError(f"has {short(record[name])} for {name!r}: it must be a caption, or a list of them")
+    return captions
 
 
 def listed_pictures(record: dict[str, Any]) -> list[Any]:
     """Return the pictures named beside the text, paths or objects with `path` or `url`. Raises FormatError."""
-    images = record.get("images")
-    if images is None:
+    name = next((name for name in IMAGE_FIELDS if record.get(name) not in (None, "", [])), None)
+    if name is None:
         return []
-    if isinstance(images, str):
-        return [images]
+    images = record[name]
+    if isinstance(images, (str, dict)):
+        images = [images]
     if not isinstance(images, list):
-        raise FormatError(f"has {short(images)} for 'images': it must be a list of paths or URLs")
+        raise FormatError(f"has {short(images)} for {name!r}: it must be a path or URL, or a list of them")
     return [_name_of(image) for image in images]
 
 
 def _name_of(image: Any) -> Any:
     if isinstance(image, dict):
+        if isinstance(image.get("bytes"), str) and image["bytes"]:
+            return f"data:application/octet-stream;base64,{image['bytes']}"
         image = next((image[name] for name in ("path", "url", "image") if image.get(name)), image)
     return image
 
@@ -68,6 +151,12 @@ def _turn(message: Any, number: int) -> Turn:
             f"has in messages[{number}] {short(message)}: it needs 'role' and a 'content' of text or parts"
         )
     role, content = role_of(message.get("role")), message["content"]
+    for name in TURN_WEIGHTS:
+        if role == "assistant" and message.get(name) not in (None, 1):
+            raise FormatError(
+                f"has in messages[{number}] {name!r} {short(message[name])}: each answer is learned alike; drop "
+                f"{name!r}, or end the conversation before that turn"
+            )
     if isinstance(content, str):
         return Turn(role, split_marks(content))
     parts: list[Part] = []
@@ -81,9 +170,11 @@ def _parts(part: Any, where: str) -> list[Part]:
     if isinstance(part, str):
         return split_marks(part)
     kind = part.get("type") if isinstance(part, dict) else None
+    if kind is None and isinstance(part, dict) and len(part) == 1:
+        kind = next(iter(part))  # Qwen's short form: {"image": "a.jpg"}, {"text": "..."}
     if kind in ("text", "input_text", "output_text") and isinstance(part.get("text"), str):
         return split_marks(part["text"])
-    if kind in ("image", "image_url", "input_image"):
+    if kind in ("image", "image_url", "input_image") and not part.get("file_id"):
         found = next((part[name] for name in ("image", "image_url", "path", "url") if part.get(name)), None)
         name = _name_of(found)
         if name is None:

@@ -11,7 +11,7 @@ from typing import Any
 from qwenvl_dist.data.formats.annotations import AnnotationFile, Record
 from qwenvl_dist.data.formats.pictures import Pictures
 from qwenvl_dist.data.formats.sample import SAFE_KEY, Picture, Sample, short
-from qwenvl_dist.data.formats.turns import FormatError, TextRules, Turn, expand, to_messages
+from qwenvl_dist.data.formats.turns import FormatError, TextRules, Turn, expand, place, to_messages
 from qwenvl_dist.data.keys import KeyLog
 from qwenvl_dist.errors import UserError
 
@@ -135,7 +135,7 @@ class FileReader(RecordReader):
         self, value: dict[str, Any], turns: Iterable[Turn], names: list[Any] | None = None
     ) -> Draft:
         """Return the draft of a record whose turns are known; `names` are its pictures that the text does not name."""
-        messages, placed = to_messages(turns, self.rules)
+        messages, placed = to_messages(place([*turns], names or []), self.rules)
         images = [self.pictures.find(name) for name in expand(placed, names or [])]
         return Draft(messages, images, id_of(value, "id"), id_of(value, "image_id"))
 

@@ -15,11 +15,11 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from qwenvl_dist.data.formats.annotations import Record
-from qwenvl_dist.data.formats.messages import turns_of
+from qwenvl_dist.data.formats.messages import pairs_of, turns_of
 from qwenvl_dist.data.formats.pictures import Pictures
 from qwenvl_dist.data.formats.reader import Draft, PackInput, RecordReader, id_of, id_of_stem, stem_of
 from qwenvl_dist.data.formats.sample import Picture, caption_messages, short
-from qwenvl_dist.data.formats.turns import FormatError, expand, to_messages
+from qwenvl_dist.data.formats.turns import FormatError, expand, place, to_messages
 from qwenvl_dist.data.storage import is_remote
 from qwenvl_dist.errors import UserError
 
@@ -81,8 +81,11 @@ class TableReader(RecordReader):
             text = [dict(zip(names, values, strict=False)) for values in zip(*columns, strict=False)]
         own_id, image_id = id_of(row, "id"), id_of(row, "image_id")
         if isinstance(text, list) and text and isinstance(text[0], dict):
-            said = turns_of({"messages" if "role" in text[0] else "conversations": text})
-            messages, placed = to_messages(said, self.rules)
+            if "assistant" in text[0]:
+                said = pairs_of(text, self.text)
+            else:
+                said = turns_of({"messages" if "role" in text[0] else "conversations": text})
+            messages, placed = to_messages(place(said, images), self.rules)
             pictures = [
                 self.pictures.find(found) if isinstance(found, str) else found
                 for found in expand(placed, images)

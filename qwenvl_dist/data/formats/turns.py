@@ -20,7 +20,10 @@ RESERVED = (
     "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>",
     "<image>", "<video>", "<audio>",
 )  # fmt: skip
-IMAGE_MARK = re.compile(r"<image>")
+# Where a picture stands in a text: its place alone, or with its name, as the article and older ms-swift write it.
+IMAGE_MARK = re.compile(
+    r"<image>|<\|vision_start\|>(?:<\|image_pad\|>|(.*?))<\|vision_end\|>|<img>(.*?)</img>", re.DOTALL
+)
 
 
 @dataclass(frozen=True)
@@ -86,6 +89,8 @@ def check_text(text: str) -> None:
     """Raise FormatError for a text that the model's template cannot carry."""
     if not is_unicode(text):
         raise FormatError("holds half a character (a lone surrogate): write it as UTF-8")
+    if "\0" in text:
+        raise FormatError("holds a NUL character, which no text has: take it out")
     for token in RESERVED if "<" in text else ():
         if token in text:
             raise FormatError(
@@ -93,19 +98,20 @@ def check_text(text: str) -> None:
             )
 
 
-def split_marks(text: str, mark: re.Pattern[str] = IMAGE_MARK) -> list[Part]:
-    """Return the pieces of a text between the marks of pictures; a mark's first group is the picture's name."""
+def split_marks(text: str) -> list[Part]:
+    """Return the pieces of a text between the marks of pictures."""
     parts: list[Part] = []
     end = 0
-    for match in mark.finditer(text):
-        parts += [text[end : match.start()], Named(match.group(1) if mark.groups else None)]
+    for match in IMAGE_MARK.finditer(text):
+        name = next((group for group in match.groups() if group is not None), None)
+        parts += [text[end : match.start()], Named(name)]
         end = match.end()
     return [*parts, text[end:]]
 
 
 def role_of(name: object) -> str:
     """Return our role for another program's word. Raises FormatError for one that we have not."""
-    role = ROLE_OF.get(name) if isinstance(name, str) else None
+    role = ROLE_OF.get(name.lower()) if isinstance(name, str) else None
     if role is None:
         raise FormatError(f"has the role {name!r}: it must be one of {', '.join(ROLE_OF)}; drop such turns")
     return role
@@ -162,6 +168,20 @@ def _clean(turn: Turn, rules: TextRules) -> list[Part]:
     if len(texts) == 1 and isinstance(parts[0], str):
         return [*parts[1:], parts[0]]
     return parts
+
+
+def place(turns: Sequence[Turn], names: Sequence[Any]) -> Sequence[Turn]:
+    """Return the turns with places for pictures that stand beside a text which speaks of none.
+
+    They come before the first words of the user, as ms-swift has it.
+    """
+    if not names or any(isinstance(part, Named) for turn in turns for part in turn.parts):
+        return turns
+    first = next((number for number, turn in enumerate(turns) if turn.role == "user"), None)
+    if first is None:
+        return turns
+    marked = Turn("user", [*(Named(None) for _ in names), *turns[first].parts])
+    return [*turns[:first], marked, *turns[first + 1 :]]
 
 
 def expand(pictures: Sequence[Named], names: Sequence[Any]) -> list[Any]:
