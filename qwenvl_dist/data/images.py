@@ -1,8 +1,8 @@
 """Picture bytes -> uint8 pixels at the model's size.
 
-Equal to the hub's way (`transformers.image_utils.load_image`, then `qwen_vl_utils` with Pillow's bicubic resize);
-JPEGs take a faster decoder that gives the same pixels as Pillow's. One departure: 16 bits a channel are scaled to 8,
-where Pillow's conversion cuts everything above 255 to white.
+Equal to the hub's way (`transformers.image_utils.load_image`, `convert_to_rgb`, then Pillow's bicubic resize); JPEGs
+take a faster decoder that gives the same pixels as Pillow's. One departure: 16 bits a channel are scaled to 8, where
+Pillow's conversion cuts everything above 255 to white.
 """
 
 from __future__ import annotations
@@ -26,14 +26,18 @@ EXIF_ORIENTATION = 0x0112
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """Convert any Pillow mode to RGB, transparent parts over white (as qwen_vl_utils does)."""
+    """Convert any Pillow mode to RGB, transparent parts over white.
+
+    As transformers' image processors do it: alpha of any mode counts, and a palette's, grey's or colour's that a PNG or
+    GIF calls transparent. (qwen_vl_utils knows RGBA alone, and shows what other modes hide.)
+    """
     if image.mode.startswith("I;16"):
         eight = np.asarray(image, np.float32) / 257  # 65535 -> 255
         return Image.fromarray(eight.round().astype(np.uint8)).convert("RGB")
-    if image.mode == "RGBA":
-        white = Image.new("RGB", image.size, (255, 255, 255))
-        white.paste(image, mask=image.getchannel("A"))
-        return white
+    if "A" in image.getbands() or image.info.get("transparency") is not None:
+        image = image.convert("RGBA")
+        white = Image.new("RGBA", image.size, (255, 255, 255, 255))
+        return Image.alpha_composite(white, image).convert("RGB")
     return image.convert("RGB")
 
 

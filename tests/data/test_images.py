@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 from PIL import Image
 from qwen_vl_utils.vision_process import smart_resize
-from qwen_vl_utils.vision_process import to_rgb as hub_to_rgb
+from transformers.image_transforms import convert_to_rgb
 from transformers.image_utils import load_image
 
 from qwenvl_dist.data.images import decode, resize, to_rgb
@@ -40,7 +40,7 @@ def encode(pixels: Pixels, kind: str = "JPEG", mode: str | None = None, **option
 
 
 def hub_decode(data: bytes) -> Pixels:
-    return np.asarray(hub_to_rgb(Image.open(io.BytesIO(data))))
+    return convert_to_rgb(Image.open(io.BytesIO(data)), return_numpy=True)
 
 
 # --- decode ---
@@ -67,6 +67,15 @@ def hub_decode(data: bytes) -> Pixels:
         {"kind": "PNG", "mode": "LA"},
         {"kind": "PNG", "mode": "1"},
         {"kind": "PNG", "mode": "P", "transparency": 0},
+        {"kind": "PNG", "mode": "P", "transparency": bytes(range(256))},
+        {"kind": "PNG", "mode": "L", "transparency": 100},
+        {"kind": "PNG", "transparency": (255, 255, 255)},
+        {"kind": "GIF"},
+        {"kind": "GIF", "transparency": 3},
+        {"kind": "BMP"},
+        {"kind": "TIFF"},
+        {"kind": "TIFF", "mode": "CMYK"},
+        {"kind": "TIFF", "mode": "F"},
         {"kind": "WEBP"},
     ],
     ids=str,
@@ -84,6 +93,19 @@ def test_transparent_parts_lie_over_white() -> None:
     decoded = decode(encode(pixels, "PNG"))
     assert (decoded[:10] == 255).all() and np.array_equal(decoded[10:20], pixels[10:20, :, :3])
     assert np.array_equal(decoded, hub_decode(encode(pixels, "PNG")))
+
+
+def test_what_a_palette_or_grey_hides_lies_over_white() -> None:
+    hidden = Image.new("P", (6, 4), 1)
+    hidden.putpalette([200, 0, 0, 0, 0, 0])
+    for image, options in (
+        (hidden, {"transparency": 1}),
+        (Image.new("L", (6, 4), 7), {"transparency": 7}),
+        (Image.new("LA", (6, 4), (7, 0)), {}),
+    ):
+        data = io.BytesIO()
+        image.save(data, "PNG", **options)
+        assert (decode(data.getvalue()) == 255).all()
 
 
 @pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "TIFF"])
