@@ -58,7 +58,7 @@ class TextForm:
 
     def _read(self, data: bytes, num_images: int) -> tuple[list[dict[str, Any]], int | str | None]:
         if self.member != "json":
-            return self._caption([data.decode()], num_images), None
+            return self._caption([data.decode("utf-8-sig")], num_images), None
         try:
             record = json.loads(data)
         except RecursionError:
@@ -80,6 +80,10 @@ class TextForm:
         return self._caption(captions, num_images), image_id
 
     def _caption(self, captions: list[str], num_images: int) -> list[dict[str, Any]]:
+        if not num_images:
+            raise FormatError(
+                "is the caption of a picture, none lies beside it: a member jpg, png, webp, gif, bmp or tif"
+            )
         return caption_messages(self.prompt, self._rules.captions(captions), num_images)
 
 

@@ -53,10 +53,12 @@ TAR_BLOCK = 512
 MAX_HEADER_BYTES = 1 << 20  # of a long name or of extended attributes in a foreign tar
 
 # The picture formats that a shard holds, by Pillow's name. MPO is a JPEG with more pictures behind the first.
-IMAGE_EXTENSIONS = {"JPEG": "jpg", "MPO": "jpg", "PNG": "png", "WEBP": "webp"}
+IMAGE_EXTENSIONS = {
+    "JPEG": "jpg", "MPO": "jpg", "PNG": "png", "WEBP": "webp", "GIF": "gif", "BMP": "bmp", "TIFF": "tif",
+}  # fmt: skip
 # What a sample holds instead of its pictures after `shards encode`; data/features.py says more.
 FEATURES, FEATURES_RECORD = "features", "features.json"
-_IMAGE_MEMBER = re.compile(r"(?:(\d+)\.)?(?:jpg|jpeg|png|webp)")
+_IMAGE_MEMBER = re.compile(r"(?:(\d+)\.)?(?:jpg|jpeg|png|webp|gif|bmp|tif|tiff)")
 
 # webdataset's rule: the key is all up to the first dot of the file name, the extension is the rest.
 _KEY_AND_EXTENSION = re.compile(r"((?:.*/|)[^.]+)[.]([^/]*)")
@@ -307,7 +309,7 @@ def probe_image(data: bytes) -> tuple[str, int, int]:
         except Exception:  # Pillow's parsers raise whatever a damaged header leads them to
             raise ValueError("not a readable picture" if data else "an empty file") from None
     if extension is None:
-        raise ValueError(f"a {kind} picture, only JPEG, PNG and WebP can be packed")
+        raise ValueError(f"a {kind} picture, only JPEG, PNG, WebP, GIF, BMP and TIFF are taken")
     return extension, width, height
 
 

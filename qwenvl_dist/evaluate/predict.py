@@ -54,7 +54,9 @@ def _read(place: str) -> bytes:
             f"{place}: cannot be read ({reason}); name a picture, a folder of them, or a URL"
         ) from error
     except UnreadableImage as error:
-        raise UserError(f"{place}: {error}; name a whole JPEG, PNG or WebP picture") from error
+        raise UserError(
+            f"{place}: {error}; name a whole JPEG, PNG, WebP, GIF, BMP or TIFF picture"
+        ) from error
     return data
 
 

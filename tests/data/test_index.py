@@ -270,14 +270,18 @@ def test_a_flipped_byte_in_an_index_never_surprises(tmp_path):
 def test_images_come_in_the_order_of_their_numbers():
     assert image_members(["10.jpg", "2.png", "json", "0.webp", "seg.png"]) == ["0.webp", "2.png", "10.jpg"]
     assert image_members(["json", "jpg"]) == ["jpg"]
+    assert image_members(["1.tiff", "json", "0.gif", "2.bmp"]) == ["0.gif", "1.tiff", "2.bmp"]
 
 
-@pytest.mark.parametrize(("kind", "extension"), [("JPEG", "jpg"), ("PNG", "png"), ("WEBP", "webp")])
+@pytest.mark.parametrize(
+    ("kind", "extension"),
+    [("JPEG", "jpg"), ("PNG", "png"), ("WEBP", "webp"), ("GIF", "gif"), ("BMP", "bmp"), ("TIFF", "tif")],
+)
 def test_probe_goes_by_content(kind, extension):
     assert probe_image(jpeg(0, width=31, height=17, kind=kind)) == (extension, 31, 17)
 
 
-@pytest.mark.parametrize("data", [b"", b"text", jpeg(0)[:20], jpeg(0, kind="BMP"), jpeg(0, kind="PNG")[:20]])
+@pytest.mark.parametrize("data", [b"", b"text", jpeg(0)[:20], jpeg(0, kind="PPM"), jpeg(0, kind="PNG")[:20]])
 def test_probe_refuses_what_is_no_picture_for_a_shard(data):
     with pytest.raises(ValueError, match=r"picture|empty"):
         probe_image(data)

@@ -285,7 +285,7 @@ def test_a_senseless_part_is_refused(tmp_path, coco, part):
     [
         (b"no picture", "not a readable picture"),
         (b"", "an empty file"),
-        (jpeg(1, kind="BMP"), "BMP"),
+        (jpeg(1, kind="PPM"), "PPM"),
         (None, "No such file"),
     ],
 )

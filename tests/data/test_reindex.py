@@ -138,6 +138,16 @@ def test_text_alone_and_several_pictures(tmp_path: Path) -> None:
     assert verify(tmp_path).bad == []
 
 
+@pytest.mark.parametrize("kind", ["PNG", "WEBP", "GIF", "BMP", "TIFF"])
+def test_pictures_of_every_kind_are_seen(tmp_path: Path, kind: str) -> None:
+    extension = {"TIFF": "TIF"}.get(kind, kind)
+    members = {extension: jpeg(1, kind=kind), "txt": "\ufeffA bus.".encode()}
+    write_tar(tmp_path / "a.tar", {"one": members})
+    index(tmp_path)
+    assert messages(tmp_path) == {"one": caption_messages("COCO Yes:", "A bus.")}
+    assert verify(tmp_path).bad == []
+
+
 def test_shards_with_the_same_keys_get_their_names_in_front(tmp_path: Path) -> None:
     for shard in "ab":
         write_tar(tmp_path / f"{shard}.tar", {f"{n:03d}": jpg_txt(n) for n in range(3)})
@@ -165,6 +175,10 @@ def broken(**changes: Any) -> Any:
         (broken(txt=b" \n"), "two: txt: has an empty caption"),
         (broken(txt=b"\xff"), "two: txt: 'utf-8' codec"),
         (lambda samples: samples["two"].pop("txt"), "two: txt: missing member"),
+        (
+            lambda samples: samples["two"].pop("jpg"),
+            "two: txt: is the caption of a picture, none lies beside it",
+        ),
     ],
 )
 def test_a_sample_that_cannot_be_used_is_named_or_left_out(tmp_path: Path, change: Any, reason: str) -> None:
