@@ -1,6 +1,7 @@
 """What the formats can say beside a photo and its captions, and what is refused, with its place and the remedy."""
 
 import base64
+import gzip
 import json
 from pathlib import Path
 from typing import Any
@@ -237,6 +238,51 @@ def test_csv_takes_quotes_columns_marks_and_line_ends(folder: Path) -> None:
     path.write_text("picture,words\na.jpg,x\n")
     (sample,) = read("csv", path, image_column="picture", text_column="words")
     assert spoken(sample)[1] == ("assistant", ["x"])
+
+
+@pytest.mark.parametrize("mark", [",", ";", "\t", "|", ", "])
+def test_csv_columns_are_parted_as_the_header_has_it(folder: Path, mark: str) -> None:
+    path = folder / "in.csv"
+    rows = (["n", "image_path", "caption "], ["1", "a.jpg", '"Red; blue, green|x"'], ["2", "b.jpg", "y"])
+    path.write_text("".join(mark.join(row) + "\r\n" for row in rows))
+    first, second = read("csv", path)
+    assert spoken(first) == [("user", ["a.jpg", "COCO Yes:"]), ("assistant", ["Red; blue, green|x"])]
+    assert spoken(second)[1] == ("assistant", ["y"])
+
+
+def test_compressed_files_are_read_as_they_are(folder: Path) -> None:
+    record = chat("<image>?", "x", image="a.jpg")
+    content = {
+        "llava": (json.dumps([record] * 3), json.dumps(record) + "\n" + json.dumps(record)),
+        "csv": ("\ufeffimage_path,caption\na.jpg,x\n",),
+    }
+    path = folder / "in.gz"
+    for source, texts in content.items():
+        for text in texts:
+            (folder / "plain").write_text(text)
+            path.write_bytes(gzip.compress(text.encode()))
+            plain, packed = read(source, folder / "plain"), read(source, path)
+            assert [vars(sample) for sample in plain] == [vars(sample) for sample in packed]
+            path.write_bytes(path.read_bytes()[:-12])
+            assert_refused(source, path, "cannot be unpacked", "fetch it again")
+    path.write_bytes(gzip.compress(f"[\n{json.dumps(record)},\n]".encode()))
+    assert_refused("llava", path, "line 3: not JSON")
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (b"PK\x03\x04rest", "save it as CSV"),
+        (b"\x28\xb5\x2f\xfdrest", "compressed by zstd"),
+        ("a,b".encode("utf-16"), "UTF-16: convert"),
+        (b"PAR1", "--source huggingface"),
+    ],
+)
+def test_files_of_another_kind_are_named(folder: Path, content: bytes, words: str) -> None:
+    path = folder / "in.csv"
+    path.write_bytes(content)
+    for source in ("csv", "llava", "messages"):
+        assert_refused(source, path, words)
 
 
 BAD_CSV = [

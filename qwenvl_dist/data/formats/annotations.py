@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import re
-from collections.abc import Iterator
+import zlib
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from itertools import dropwhile
 from operator import itemgetter
@@ -17,6 +19,17 @@ from qwenvl_dist.errors import UserError
 
 CHUNK_BYTES = 64 * 1024
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"
+GZIP = b"\x1f\x8b"
+# How files begin that are no text, and what to do with them.
+OTHER_KINDS = {
+    b"PK\x03\x04": "a zip archive or an Excel sheet: unpack it, or save it as CSV",
+    b"BZh": "compressed by bzip2: unpack it, or compress it by gzip",
+    b"\xfd7zXZ": "compressed by xz: unpack it, or compress it by gzip",
+    b"\x28\xb5\x2f\xfd": "compressed by zstd: unpack it, or compress it by gzip",
+    b"PAR1": "a parquet file: read it with --source huggingface",
+    b"\xff\xfe": "UTF-16: convert the file to UTF-8",
+    b"\xfe\xff": "UTF-16: convert the file to UTF-8",
+}
 PAIR_BYTES = 12  # of two escapes that are one character
 _HIGH = re.compile(rb"\\u[dD][89abAB][0-9a-fA-F]{2}")
 _PAIR_OR_LONE = re.compile(
@@ -45,15 +58,26 @@ class AnnotationFile:
         return str(self.location)
 
     def open(self) -> BinaryIO:
-        """Return the file at its beginning, behind a byte order mark. `UserError` when it cannot be read."""
+        """Return the file at its beginning, behind a byte order mark, unpacked where it is compressed by gzip.
+
+        `UserError` when it cannot be read, there or later, or is no text.
+        """
         try:
-            file = self._path().open("rb")
+            file: Any = self._path().open("rb")
         except FileNotFoundError:
             raise UserError(f"{self}: no such file; {self.option} must name {self.kind}") from None
         except OSError as error:
             raise UserError(
                 f"{self}: cannot be read ({error.strerror or error}); {self.option} must name a file"
             ) from None
+        beginning = file.read(8)
+        file.seek(0)
+        other = next((what for mark, what in OTHER_KINDS.items() if beginning.startswith(mark)), None)
+        if other is not None:
+            file.close()
+            raise UserError(f"{self}: is {other}; {self.option} must be {self.kind}")
+        if beginning.startswith(GZIP):
+            file = _Unpacked(file, f"{self}")
         if file.read(len(BYTE_ORDER_MARK)) != BYTE_ORDER_MARK:
             file.seek(0)
         return file
@@ -201,6 +225,30 @@ def _without(events: Iterator[tuple[str, Any]], member: str) -> Iterator[tuple[s
 
 
 _DEPTH = {"start_map": 1, "start_array": 1, "end_map": -1, "end_array": -1}
+
+
+class _Unpacked(gzip.GzipFile):
+    """What a gzip file holds; damage is a `UserError` where it comes up."""
+
+    def __init__(self, file: BinaryIO, name: str) -> None:
+        super().__init__(fileobj=file, mode="rb")
+        self._file, self._name = file, name
+
+    def read(self, size: int | None = -1) -> bytes:
+        return self._guarded(lambda: super(_Unpacked, self).read(size))
+
+    def readline(self, size: int | None = -1) -> bytes:
+        return self._guarded(lambda: super(_Unpacked, self).readline(size))
+
+    def _guarded(self, action: Callable[[], bytes]) -> bytes:
+        try:
+            return action()
+        except (EOFError, OSError, zlib.error) as error:
+            raise UserError(f"{self._name}: cannot be unpacked ({error}): fetch it again") from None
+
+    def close(self) -> None:
+        super().close()
+        self._file.close()
 
 
 class _NotJsonError(Exception):

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import csv
 from collections.abc import Iterator
+from contextlib import suppress
 from typing import Any
 
 from qwenvl_dist.data.formats.annotations import Record
@@ -17,6 +18,7 @@ from qwenvl_dist.data.formats.turns import FormatError
 from qwenvl_dist.errors import UserError
 
 IMAGE_COLUMN, TEXT_COLUMN = "image_path", "caption"
+DELIMITERS = ",;\t|"
 MAX_FIELD_CHARACTERS = 1 << 24  # a quote that nothing closes must not read the rest of the file into memory
 
 
@@ -28,9 +30,14 @@ class CsvReader(FileReader):
 
     def _records(self) -> Iterator[Record]:
         before = csv.field_size_limit(MAX_FIELD_CHARACTERS)
-        rows = csv.reader((line for _, line in self.file.lines()), strict=True)
+        rows = csv.reader(
+            (line for _, line in self.file.lines()),
+            strict=True,
+            skipinitialspace=True,
+            delimiter=self._delimiter(),
+        )
         try:
-            header = next(rows, [])
+            header = [name.strip() for name in next(rows, [])]
             image, text = (self._column(header, *names) for names in (
                 ("--image-column", self.given.image_column, IMAGE_COLUMN),
                 ("--text-column", self.given.text_column, TEXT_COLUMN),
@@ -54,8 +61,19 @@ class CsvReader(FileReader):
         finally:
             csv.field_size_limit(before)
 
+    def _delimiter(self) -> str:
+        """Return what parts the columns: the first usual mark with which the header has those that are wanted."""
+        wanted = {self.given.image_column or IMAGE_COLUMN, self.given.text_column or TEXT_COLUMN}
+        _, first = next(self.file.lines(), (1, ""))
+        for delimiter in DELIMITERS:
+            with suppress(csv.Error):
+                header = next(csv.reader([first], delimiter=delimiter, skipinitialspace=True), [])
+                if {name.strip() for name in wanted} <= {name.strip() for name in header}:
+                    return delimiter
+        return ","
+
     def _column(self, header: list[str], option: str, given: str | None, usual: str) -> int:
-        name = usual if given is None else given
+        name = usual if given is None else given.strip()
         if header.count(name) != 1:
             raise UserError(
                 f"{self.file}: line 1: the header {','.join(header)[:80]!r} has {header.count(name)} columns {name!r}, "
