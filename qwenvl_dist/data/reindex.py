@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import re
 import tarfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
@@ -38,6 +39,7 @@ from qwenvl_dist.errors import UserError
 from qwenvl_dist.files import fsync, sha256_of
 
 CAPTION_FIELDS = ("caption", "captions", "text")
+_COMPRESSED = re.compile(r"\.(tar\.(gz|bz2|xz|zst|lz4)|tgz|tbz2?|txz)$")
 PENDING = ".new"  # behind an index file's name until all shards are found good
 
 
@@ -75,13 +77,24 @@ def reindex(
     `advance` hears of samples.
     """
     if is_remote(folder):
-        raise UserError(f"{folder}: is a URL; shards are indexed where a folder holds them")
+        raise UserError(
+            f"{folder}: is a URL; shards are indexed in a folder: index them where they lie, or fetch them to one"
+        )
     folder = Path(folder)
+    if folder.is_file():
+        raise UserError(f"{folder}: is a file; name the folder that holds it")
     if not folder.is_dir():
         raise UserError(f"{folder}: no such folder; name the one that holds the .tar files")
     tars = sorted(folder.glob("*.tar"))
+    packed = sorted(path.name for path in folder.iterdir() if _COMPRESSED.search(path.name))
+    if packed:
+        more = " and others" if len(packed) > 1 else ""
+        raise UserError(
+            f"{folder}: holds compressed shards, {packed[0]}{more}, in which no sample can be found without reading "
+            "all before it: unpack them, or move them away"
+        )
     if not tars:
-        raise UserError(f"{folder}: holds no .tar file; unpack compressed ones, name the folder they are in")
+        raise UserError(f"{folder}: holds no .tar file; name the folder they are in")
     finished = Manifest.load(folder) if (folder / MANIFEST_NAME).exists() else None
     _check_others(tars)
     if workers < 1:
@@ -248,11 +261,13 @@ def _form_of_first(
     folder, members = tars[0].parent, _first_sample(tars)
     if FEATURES in members or FEATURES_RECORD in members:
         raise UserError(f"{folder}: holds vision features, whose manifest cannot be made again: encode anew")
+    if not members:
+        raise UserError(f"{folder}: holds no sample in its {len(tars)} tars; name the folder of filled ones")
     if member is None:
         member = "txt" if "txt" in members and caption_field is None else "json"
     if member not in members:
         raise UserError(
-            f"{folder}: the first sample has the members {', '.join(members) or 'none'}, no {member!r}: "
+            f"{folder}: the first sample has the members {', '.join(members)}, no {member!r}: "
             "name the one that holds the text with --text-member"
         )
     if member != "json" and caption_field is not None:

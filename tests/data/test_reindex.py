@@ -1,5 +1,6 @@
 """Shards of other programs: indexed where they lie, read as our own, not a byte of them changed."""
 
+import gzip
 import io
 import json
 import tarfile
@@ -225,7 +226,17 @@ def test_folders_that_cannot_be_indexed(tmp_path: Path) -> None:
     ):
         with pytest.raises(UserError, match=words):
             index(folder)  # type: ignore[arg-type]
+    write_tar(tmp_path / "a.tar", {})
+    with pytest.raises(UserError, match="holds no sample in its 1 tars"):
+        index(tmp_path)
     tar = write_tar(tmp_path / "a.tar", {"one": jpg_txt(1)})
+    with pytest.raises(UserError, match="is a file; name the folder"):
+        index(tar)
+    for name in ("b.tar.gz", "b.tgz", "b.tar.zst"):
+        (tmp_path / name).write_bytes(gzip.compress(tar.read_bytes()))
+        with pytest.raises(UserError, match=rf"{name}, in which no sample.*unpack"):
+            index(tmp_path)
+        (tmp_path / name).unlink()
     (tmp_path / "a.tar.idx").write_text("of another program")
     with pytest.raises(UserError, match=r"a.tar.idx.*move it away"):
         index(tmp_path)
