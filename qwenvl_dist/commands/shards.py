@@ -74,7 +74,7 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
     pack.add_argument(
         "--skip-bad",
         action="store_true",
-        help="leave out pictures that cannot be read, and name them in the manifest",
+        help="leave out records and pictures that cannot be used, and name them in the manifest",
     )
     pack.add_argument(
         "--part", metavar="I/N",

@@ -15,7 +15,7 @@ import os
 import time
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -36,7 +36,7 @@ from qwenvl_dist.data.index import (
 )
 from qwenvl_dist.data.parallel import map_in_order
 from qwenvl_dist.data.storage import FsspecStorage, StorageError, is_remote, open_storage
-from qwenvl_dist.errors import UserError
+from qwenvl_dist.errors import CheckFailed, UserError
 from qwenvl_dist.files import fsync, sha256_of, write_atomic
 
 # Marks a folder whose packing has begun and not ended; locked while a packer is at work.
@@ -47,9 +47,9 @@ LOCK_PATIENCE_SECONDS = 5.0
 
 @dataclass(frozen=True)
 class Skipped:
-    """A sample left out because of its picture."""
+    """A sample left out because of its picture, or a record of the input because of what it says."""
 
-    key: str
+    key: str  # of the sample, or where the record stands
     reason: str
 
 
@@ -84,11 +84,33 @@ def pack(
     the same time, leave everything but the manifest, which a call without `part` then adds. It proves each shard.
 
     A picture that cannot be read is a `UserError`; with `skip_bad` its sample is left out, and named in the
-    manifest. `packing` and `captions` are noted there too, `captions` anew where all else is there already. `advance`
-    hears how many samples are done. Nothing that lies in `out` is overwritten unless it was made from these samples.
-    Shards for a URL are first written to the folder for temporary files, all of them.
+    manifest, as are records that the reader found unusable. `packing` and `captions` are noted there too, `captions`
+    anew where all else is there already. `advance` hears how many samples are done. Nothing that lies in `out` is
+    overwritten unless it was made from these samples. Shards for a URL are first written to the folder for temporary
+    files, all of them. A disk that is full or cannot be written to is a `CheckFailed`.
     """
     captions = captions or PackedCaptions()
+    try:
+        return _pack(samples, out, samples_per_shard, workers, skip_bad, packing, captions, part, advance)
+    except OSError as error:
+        raise CheckFailed(
+            f"{error.filename or out}: {error.strerror or error}: once that is mended, the same command goes on "
+            "where it stopped"
+        ) from None
+
+
+def _pack(
+    samples: Sequence[Sample] | SampleReader,
+    out: str | Path,
+    samples_per_shard: int,
+    workers: int,
+    skip_bad: bool,
+    packing: dict[str, Any] | None,
+    captions: PackedCaptions | None,
+    part: tuple[int, int] | None,
+    advance: Callable[[int], None],
+) -> PackReport:
+    """As `pack`. Raises OSError too."""
     if is_remote(out):
         if part is not None:
             raise UserError(f"--out {out}: a part is packed into a folder that all parts share, not to a URL")
@@ -114,6 +136,7 @@ def pack(
         raise UserError(f"{out}: nothing to pack, the input holds no sample")
     if not isinstance(samples, SampleReader):
         _check_keys(samples)
+    unusable = [Skipped(*found) for found in samples.unusable] if isinstance(samples, SampleReader) else []
     if finished is not None:
         num_shards = -(-len(samples) // samples_per_shard)
         skipped = _unchanged(finished, num_shards, out, _tasks(samples, out, samples_per_shard, skip_bad))
@@ -122,7 +145,7 @@ def pack(
             if finished.captions != captions:
                 finished = replace(finished, captions=captions)
                 finished.write(out)
-            return PackReport(finished, 0, len(finished.shards), skipped)
+            return PackReport(finished, 0, len(finished.shards), unusable + skipped)
     elif out.is_dir() and not (out / UNFINISHED_NAME).exists():
         others = sorted(path.name for path in out.iterdir())
         if others:
@@ -130,14 +153,19 @@ def pack(
                 f"{out}: holds other data ({', '.join(others[:3])}); --out must be a new or empty folder"
             )
 
-    out.mkdir(parents=True, exist_ok=True)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(
+            f"{out}: cannot be written ({error.strerror or error}); choose another --out"
+        ) from None
     _import_tar_writer()  # once, before the workers fork
     tasks = _tasks(samples, out, samples_per_shard, skip_bad)
     if part is not None:
         return _pack_part(itertools.islice(tasks, part[0], None, part[1]), out, part, workers, advance)
     with locked(out / UNFINISHED_NAME):
         results = _pack_shards(tasks, workers, advance)
-        skipped = [bad for result in results for bad in result.skipped]
+        skipped = [*unusable, *(bad for result in results for bad in result.skipped)]
         notes = {**(packing or {}), "samples_per_shard": samples_per_shard}
         manifest = Manifest(
             [result.entry for result in results],
@@ -405,12 +433,17 @@ def _read_sample(sample: Sample) -> dict[str, bytes]:
 def write_shard(tar: Path, samples: Iterable[dict[str, Any]]) -> ShardIndex:
     """Write a shard and its index so that a tar under its final name is whole and indexed."""
     temporary = tar.with_name(tar.name + ".tmp")
-    with temporary.open("wb") as file:
-        with _import_tar_writer()(file, user="", group="", mode=0o444, mtime=0, encoder=False) as writer:
-            for sample in samples:
-                writer.write(sample)
-        file.flush()
-        os.fsync(file.fileno())
+    try:
+        with temporary.open("wb") as file:
+            with _import_tar_writer()(file, user="", group="", mode=0o444, mtime=0, encoder=False) as writer:
+                for sample in samples:
+                    writer.write(sample)
+            file.flush()
+            os.fsync(file.fileno())
+    except BaseException:
+        with suppress(OSError):
+            temporary.unlink()
+        raise
     index = build_shard_index(temporary, tar.name)
     write_atomic(index_path(tar), index.to_bytes())
     temporary.replace(tar)

@@ -13,6 +13,7 @@ from made_coco import Coco, jpeg
 from qwenvl_dist.__main__ import main
 from qwenvl_dist.data.formats import READERS, PackInput, Sample, TextRules, annotations
 from qwenvl_dist.data.formats.annotations import AnnotationFile
+from qwenvl_dist.data.index import Manifest
 from qwenvl_dist.errors import UserError
 from tests.http_server import FileServer
 
@@ -422,6 +423,31 @@ def test_a_late_fault_leaves_nothing_behind(folder: Path, capsys: pytest.Capture
     (line,) = capsys.readouterr().err.splitlines()
     assert f"{path}: [50] names the picture 'gone.jpg'" in line
     assert main(["shards", "pack", *words, "--skip-bad"]) == 0
+
+
+def test_records_that_cannot_be_used_are_left_out_when_asked_for(folder: Path) -> None:
+    good, silent = chat("<image>?", "x", image="a.jpg"), chat("<image>?", " ", image="b.jpg")
+    out = folder / "out"
+    cases = {
+        "llava": (json.dumps([good, 3, silent]), ["[1]", "[2]"]),
+        "csv": ("image_path,caption\na.jpg,x\nb.jpg\nb.jpg,\n", ["line 3", "line 4"]),
+    }
+    for source, (text, places) in cases.items():
+        path = folder / f"{source}.in"
+        path.write_text(text)
+        words = ["--source", source, "--input", str(path), "--out", str(out / source)]
+        refused(*words)
+        for _ in range(2):  # the second time there is nothing to do
+            assert main(["shards", "pack", *words, "--skip-bad"]) == 0
+            manifest = Manifest.load(out / source)
+            assert manifest.samples == 1
+            skipped = manifest.packing["skipped"]
+            assert [bad["key"] for bad in skipped] == [f"{path}: {place}" for place in places]
+            assert all(bad["reason"] for bad in skipped)
+    path = folder / "in.json"
+    path.write_text(json.dumps([silent, 3]))
+    with pytest.raises(UserError, match=r"\[0\] has an empty turn.*no other record can be used either"):
+        read("llava", path, allow_missing=True)
 
 
 def test_an_option_that_a_source_does_not_take_is_refused(coco: Coco, tmp_path: Path) -> None:

@@ -2,7 +2,10 @@ import argparse
 import json
 import multiprocessing
 import os
+import resource
 import signal
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -19,6 +22,7 @@ from qwenvl_dist.data.pack import pack
 from qwenvl_dist.data.storage import LocalFile
 from qwenvl_dist.data.verify import verify
 from qwenvl_dist.errors import UserError
+from tests.ranks import ROOT
 
 
 def read(coco) -> list[Sample]:
@@ -308,6 +312,28 @@ def test_a_bad_picture_is_named_or_skipped_and_counted(tmp_path, coco, data, rea
     path.write_bytes(jpeg(5))
     with pytest.raises(UserError, match="lacks 000000000005"):
         pack(read(coco), out, samples_per_shard=3, skip_bad=True)
+
+
+def test_a_disk_that_takes_no_more_is_one_line_and_leaves_no_half_shard(tmp_path, coco):
+    Image.effect_noise((400, 400), 90).save(coco.images / "000000000005.jpg")
+    out = tmp_path / "out"
+    words = [sys.executable, "-m", "qwenvl_dist", "shards", "pack", "--source", "coco", "--workers", "2"]
+    words += ["--captions", coco.captions, "--images", coco.images, "--out", out, "--samples-per-shard", "2"]
+
+    def most_bytes() -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (40_000, 40_000))
+
+    done = subprocess.run(words, capture_output=True, text=True, preexec_fn=most_bytes, cwd=ROOT, check=False)
+    assert done.returncode == 1, done.stderr
+    assert "File too large: once that is mended" in done.stderr.splitlines()[-1]
+    assert "Traceback" not in done.stderr
+    assert not list(out.glob("*.tmp")) and not (out / "manifest.json").exists()
+    assert (out / "shard-000000.tar").exists()
+    done = subprocess.run(words, capture_output=True, text=True, cwd=ROOT, check=False)
+    assert done.returncode == 0 and "kept from an earlier run" in done.stderr
+    assert verify(out).bad == []
+    with pytest.raises(UserError, match=r"x: cannot be written \(Not a directory\); choose another --out"):
+        pack(read(coco), coco.captions / "x")
 
 
 def test_a_shard_of_nothing_but_bad_pictures_is_empty(tmp_path, coco):

@@ -101,6 +101,21 @@ def test_pairs_of_question_and_answer_as_the_cauldron_has_them(tmp_path: Path) -
     assert [part["type"] for part in sample.messages[0]["content"]] == ["image", "image", "text"]
 
 
+def test_rows_that_cannot_be_used_are_left_out_when_asked_for(tmp_path: Path) -> None:
+    rows = [
+        {"image": image, "caption": text}
+        for image, text in ((inside(0), "x"), (None, "y"), (inside(2), None))
+    ]
+    path = table(tmp_path, rows)
+    with pytest.raises(UserError, match="row 1 has no picture"):
+        read(path)
+    assert bytes_of(read(path, allow_missing=True)) == [[jpeg(0)]]
+    (tmp_path / "named").mkdir()
+    rows = [{"image": name, "caption": "x"} for name in ("data:x", str(tmp_path / "p.jpg"))]
+    (tmp_path / "p.jpg").write_bytes(jpeg(3))
+    assert bytes_of(read(table(tmp_path / "named", rows), allow_missing=True)) == [[jpeg(3)]]
+
+
 def test_splits_are_chosen_by_name(tmp_path: Path) -> None:
     import datasets
 

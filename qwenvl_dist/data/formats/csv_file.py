@@ -48,12 +48,7 @@ class CsvReader(FileReader):
                 begins = rows.line_num + 1
                 if not row:
                     continue
-                if len(row) != len(header):
-                    raise UserError(
-                        f"{where} has {len(row)} fields, the header has {len(header)}: "
-                        "put texts that hold commas in double quotes"
-                    )
-                yield Record(where, (row[image], row[text]))
+                yield Record(where, (row, len(header), image, text))
         except csv.Error as error:
             raise UserError(
                 f"{self.file}: line {rows.line_num}: not CSV ({error}); --input must be {self.kind}"
@@ -82,7 +77,12 @@ class CsvReader(FileReader):
         return header.index(name)
 
     def _draft(self, value: Any) -> Draft:
-        path, text = value
+        row, num_columns, image, text = value
+        if len(row) != num_columns:
+            raise FormatError(
+                f"has {len(row)} fields, the header has {num_columns}: put texts that hold commas in double quotes"
+            )
+        path, text = row[image], row[text]
         if not path.strip():
             raise FormatError("names no picture: fill in its path, or drop the line")
         images = [self.pictures.find(path)]

@@ -23,7 +23,7 @@ class PackInput:
     location: str | Path
     images: str | Path | None = None
     rules: TextRules = field(default_factory=TextRules)
-    allow_missing: bool = False  # leave missing pictures to the packer
+    allow_missing: bool = False  # leave out records that cannot be used, and missing pictures to the packer
     split: str | None = None  # of a dataset dictionary
     image_column: str | None = None
     text_column: str | None = None
@@ -38,6 +38,9 @@ class SampleReader(ABC):
 
     def __init__(self, given: PackInput) -> None:
         self.given, self.rules = given, given.rules
+        self.unusable: list[
+            tuple[str, str]
+        ] = []  # where a record stands that cannot be used, and why; with --skip-bad
         self._count: int | None = None
 
     @abstractmethod
@@ -90,11 +93,17 @@ class RecordReader(SampleReader):
         """Return the sample of one record. Raises FormatError."""
 
     def _drafts(self) -> Iterator[Draft]:
+        unusable: list[tuple[str, str]] = []
         for record in self._records():
             try:
-                yield self._draft(record.value)
+                draft = self._draft(record.value)
             except FormatError as error:
-                raise UserError(f"{record.where} {error}") from None
+                if not self.given.allow_missing:
+                    raise UserError(f"{record.where} {error}") from None
+                unusable.append((record.where, str(error)))
+                continue
+            yield draft
+        self.unusable = unusable
 
     def _examine(self) -> int:
         count = 0
@@ -103,6 +112,9 @@ class RecordReader(SampleReader):
                 ids.add(_safe(_own_key(count, draft)))
                 stems.add(_safe(_stem_key(count, draft)))
                 count += 1
+            if not count and self.unusable:
+                where, reason = self.unusable[0]
+                raise UserError(f"{where} {reason}; no other record can be used either")
             if not count:
                 raise UserError(f"{self.given.location}: holds no record, there is nothing to pack")
             if ids.all_differ():

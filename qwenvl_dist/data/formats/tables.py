@@ -67,12 +67,17 @@ class TableReader(RecordReader):
                 for batch in texts.to_batches(ROWS_AT_ONCE):
                     for values in batch.to_pylist():
                         where = f"{file.path}: row {row}"
-                        found = [] if images is None else images.of_row(row - first, self.pictures, where)
+                        try:
+                            found = [] if images is None else images.of_row(row - first, self.pictures)
+                        except FormatError as error:
+                            found = error
                         yield Record(where, (values, found))
                         row += 1
 
     def _draft(self, value: Any) -> Draft:
         row, images = value
+        if isinstance(images, FormatError):
+            raise images
         text = row[self.text]
         if isinstance(
             text, dict
@@ -244,8 +249,8 @@ class _GroupImages:
     column: str
     cells: Any  # pyarrow ChunkedArray: paths, or bytes and paths; None: bytes and nothing else
 
-    def of_row(self, row: int, pictures: Pictures, where: str) -> list[Picture]:
-        """Return the pictures of a row of the group. `UserError` for a cell that holds none."""
+    def of_row(self, row: int, pictures: Pictures) -> list[Picture]:
+        """Return the pictures of a row of the group. Raises FormatError for a cell that holds none."""
         if self.cells is None:
             return [TableImage(self.file.path, self.group, self.column, row)]
         cell = self.cells[row]
@@ -253,11 +258,11 @@ class _GroupImages:
         if not cell.is_valid:
             return []
         return [
-            self._picture(item, row, number if _is_list(cell.type) else None, pictures, where)
+            self._picture(item, row, number if _is_list(cell.type) else None, pictures)
             for number, item in enumerate(value)
         ]
 
-    def _picture(self, cell: Any, row: int, item: int | None, pictures: Pictures, where: str) -> Picture:
+    def _picture(self, cell: Any, row: int, item: int | None, pictures: Pictures) -> Picture:
         path, has_bytes = None, False
         if cell.is_valid and _is_struct(cell.type):
             names = [field.name for field in cell.type]
@@ -272,10 +277,7 @@ class _GroupImages:
             return TableImage(
                 self.file.path, self.group, self.column, row, item, PurePosixPath(path) if path else None
             )
-        try:
-            return pictures.find(path)
-        except FormatError as error:
-            raise UserError(f"{where} {error}") from None
+        return pictures.find(path)
 
 
 @dataclass(frozen=True)
