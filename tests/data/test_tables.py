@@ -130,7 +130,11 @@ def test_splits_are_chosen_by_name(tmp_path: Path) -> None:
     hub.mkdir()
     for name, part in (("train-0", of(0, 1)), ("test-0", of(2))):
         part.to_parquet(hub / f"{name}.parquet")
-    assert [len(read(hub, split=split)) for split in ("train", "test", None)] == [2, 1, 3]
+    assert [len(read(hub, split=split)) for split in ("train", "test")] == [2, 1]
+    with pytest.raises(UserError, match=r"splits test, train: name one of them with --split"):
+        read(hub)
+    (hub / "test-0.parquet").rename(hub / "train-1.parquet")
+    assert len(read(hub)) == 3
     of(0).save_to_disk(tmp_path / "one")
     with pytest.raises(UserError, match="drop --split"):
         read(tmp_path / "one", split="train")

@@ -26,6 +26,18 @@ from qwenvl_dist.errors import UserError
 IMAGE_COLUMNS = ("image", "images", "img", "picture", "jpg", "image_path", "file_name")
 TEXT_COLUMNS = ("messages", "conversations", "caption", "captions", "text", "texts", "sentences")
 ID_COLUMNS = ("id", "image_id")
+USUAL_SPLITS = (
+    "train",
+    "training",
+    "validation",
+    "valid",
+    "val",
+    "dev",
+    "test",
+    "testing",
+    "eval",
+    "evaluation",
+)
 ROWS_AT_ONCE = 256
 GROUPS_KEPT = 2  # of pictures, in each process
 
@@ -120,7 +132,9 @@ def find_files(place: Path, split: str | None) -> list[TableFile]:
         return [TableFile(path) for path in _saved_files(place, split)]
     paths = sorted((*place.rglob("*.parquet"), *place.rglob("*.arrow")))
     if split is not None:  # as the hub names them: train-00000-of-00002.parquet, or a folder
-        paths = [p for p in paths if split in (p.stem.partition("-")[0], *p.relative_to(place).parts[:-1])]
+        paths = [p for p in paths if split in _split_names(p, place)]
+    elif len(found := {name for p in paths for name in _split_names(p, place) if name in USUAL_SPLITS}) > 1:
+        raise UserError(f"{place}: has the splits {', '.join(sorted(found))}: name one of them with --split")
     if not paths:
         of_split = f" of --split {split}" if split is not None else ""
         raise UserError(
@@ -128,6 +142,10 @@ def find_files(place: Path, split: str | None) -> list[TableFile]:
             "save_to_disk wrote"
         )
     return [TableFile(path) for path in paths]
+
+
+def _split_names(path: Path, place: Path) -> tuple[str, ...]:
+    return (path.stem.partition("-")[0], *path.relative_to(place).parts[:-1])
 
 
 def _saved_files(place: Path, split: str | None) -> list[Path]:
