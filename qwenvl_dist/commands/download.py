@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
+import sys
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -101,7 +103,11 @@ def run(args: argparse.Namespace) -> int:
         value = getattr(args, option, None)
         if value is not None and value < least:
             raise UserError(f"--{option} {value}: must be at least {least}")
-    return {"model": _run_model, "dataset": _run_dataset, "images": _run_images}[args.action](args)
+    try:
+        return {"model": _run_model, "dataset": _run_dataset, "images": _run_images}[args.action](args)
+    except KeyboardInterrupt:
+        print("error: interrupted; the same command goes on where it stopped", file=sys.stderr, flush=True)
+        os._exit(1)  # Python's own end would wait for the SDKs' threads, which have gigabytes before them
 
 
 def _run_model(args: argparse.Namespace) -> int:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from qwenvl_dist.download.modelscope import sdk_module
+from qwenvl_dist.download.waiting import heard
 from qwenvl_dist.errors import CheckFailed, UserError
 
 UNFINISHED_SUFFIX = ".unfinished"
@@ -45,10 +46,16 @@ def fetch_split(
     if limit is not None:
         dataset = dataset.select(range(min(limit, len(dataset))))
     unfinished = out.with_name(out.name + UNFINISHED_SUFFIX)
-    shutil.rmtree(unfinished, ignore_errors=True)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    dataset.save_to_disk(unfinished)
-    unfinished.rename(out)
+    try:
+        shutil.rmtree(unfinished, ignore_errors=True)
+        out.parent.mkdir(parents=True, exist_ok=True)
+        dataset.save_to_disk(unfinished)
+        unfinished.rename(out)
+    except OSError as error:
+        shutil.rmtree(unfinished, ignore_errors=True)
+        raise UserError(
+            f"{out}: cannot be written ({error.strerror or error}); free some room or choose another --out"
+        ) from None
     return len(dataset)
 
 
@@ -71,7 +78,7 @@ def _load_modelscope(name: str, split: str, subset: str | None, revision: str | 
 
 def _run(name: str, action: Any) -> Any:
     try:
-        return action()
+        return heard(action)
     except Exception as error:  # the SDKs raise whatever a layer below them does
         text = " ".join(str(error).split())[:300] or type(error).__name__
         if isinstance(error, (ValueError, FileNotFoundError)):  # no such dataset, subset or split

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import glob
 import os
 import sys
@@ -14,6 +15,7 @@ from qwenvl_dist.download.repository import HubFile
 from qwenvl_dist.errors import UserError
 
 Result = TypeVar("Result")
+DISK_ERRORS = (errno.ENOSPC, errno.EFBIG, errno.EDQUOT, errno.EROFS, errno.EIO)
 
 
 class HubRepository:
@@ -77,6 +79,14 @@ class HubRepository:
 
         try:
             return action()
+        except errors.LocalEntryNotFoundError as error:  # says only that; what went wrong is its cause
+            cause = error.__cause__ or error
+            status = getattr(getattr(cause, "response", None), "status_code", None)
+            if status in (404, 410):
+                raise StorageError(f"{self._endpoint} answers {status} for a file that it lists") from None
+            if status is not None:
+                raise TransientError(f"{self._endpoint} answers {status} for a file") from None
+            raise TransientError(f"{self._endpoint}: {_first_line(cause)}") from None
         except errors.GatedRepoError:
             raise UserError(
                 f"{self.name}: its owner wants terms accepted: do so on {self._endpoint}, then set HF_TOKEN"
@@ -101,7 +111,7 @@ class HubRepository:
         except UserError:
             raise
         except OSError as error:
-            raise _sorted_out(error, self._endpoint) from None
+            raise sorted_out(error, self._endpoint) from None
         except Exception as error:  # of the http client, which is not ours to name
             if type(error).__module__.partition(".")[0] not in (
                 "httpx",
@@ -114,12 +124,13 @@ class HubRepository:
             raise TransientError(f"{self._endpoint}: {_first_line(error)}") from None
 
 
-def _sorted_out(error: OSError, endpoint: str) -> Exception:
+def sorted_out(error: OSError, endpoint: str) -> Exception:
+    """Return what an OSError of an SDK is: the local disk's fault, or for a while the network's."""
     if isinstance(error, StorageError):
         return error
-    if error.errno is not None and error.filename is not None:  # the local disk's
+    if error.errno in DISK_ERRORS or (error.errno is not None and error.filename is not None):
         return UserError(
-            f"{error.filename}: cannot be written ({error.strerror}); free some room or choose another --out"
+            f"{error.filename or '--out'}: cannot be written ({error.strerror}); free some room or choose another --out"
         )
     return TransientError(f"{endpoint}: {_first_line(error)}")
 

@@ -7,15 +7,17 @@ what a later run goes by.
 from __future__ import annotations
 
 import csv
+import fcntl
 import hashlib
 import io
 import json
 import os
 import threading
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 from urllib.parse import unquote, urlsplit, urlunsplit
 
 from qwenvl_dist.data.storage import HttpStorage, ReadPolicy, StorageError, TransientError
@@ -73,10 +75,11 @@ def fetch_images(
         advance: called with 1 for each picture that is settled, kept ones too.
     """
     clashes = urls.clashes()
-    known = _open_folder(out)
+    _open_folder(out)
     report = FetchReport()
-    ready = {url: entry for url, entry in known.items() if entry.file == file_name(url, clashes)}
-    with (out / RECORD_NAME).open("a", encoding="utf-8") as record, _Failures(out / FAILED_NAME) as failures:
+    with _locked_record(out) as record, _Failures(out / FAILED_NAME) as failures:
+        known = _known(out)
+        ready = {url: entry for url, entry in known.items() if entry.file == file_name(url, clashes)}
         fetcher = _Fetcher(out, policy, connections)
         lock = threading.Lock()
         bad: set[str] = set()
@@ -190,6 +193,8 @@ class _Fetcher:
             fsync(part)
             part.replace(self._out / name)
         except OSError as error:
+            with suppress(OSError):
+                part.unlink()
             raise _local_error(self._out / name, error) from None
         return Fetched(url, name, len(data), hashlib.sha256(data).hexdigest())
 
@@ -239,9 +244,8 @@ def _local_error(path: Path, error: OSError) -> UserError:
     )
 
 
-def _open_folder(out: Path) -> dict[str, Fetched]:
-    """Make the folder, or return what an earlier run recorded in it."""
-    record = out / RECORD_NAME
+def _open_folder(out: Path) -> None:
+    """Make the folder, or find that it is of an earlier run."""
     try:
         out.mkdir(parents=True, exist_ok=True)
         others = sorted(path.name for path in out.iterdir())
@@ -251,6 +255,24 @@ def _open_folder(out: Path) -> dict[str, Fetched]:
         raise UserError(
             f"{out}: holds other data ({', '.join(others[:3])}); --out must be a new or empty folder"
         )
+
+
+@contextmanager
+def _locked_record(out: Path) -> Iterator[TextIO]:
+    """Open the record to add to it, as the only one who does."""
+    try:
+        with (out / RECORD_NAME).open("a", encoding="utf-8") as record:
+            fcntl.flock(record, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            yield record
+    except BlockingIOError:
+        raise UserError(
+            f"{out}: another download is at work in it; wait for it, or choose another --out"
+        ) from None
+
+
+def _known(out: Path) -> dict[str, Fetched]:
+    """Return what an earlier run recorded, and remove what it left half done."""
+    record = out / RECORD_NAME
     known: dict[str, Fetched] = {}
     if record.exists():
         lines = record.read_bytes().split(b"\n")

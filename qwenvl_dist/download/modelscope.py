@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from qwenvl_dist.data.storage import TransientError
+from qwenvl_dist.download.hub import sorted_out
 from qwenvl_dist.download.repository import HubFile
 from qwenvl_dist.errors import UserError
 
@@ -66,11 +67,7 @@ class ModelScopeRepository:
         except errors.HubError as error:
             raise TransientError(f"ModelScope: {_first_line(error)}") from None
         except OSError as error:
-            if error.errno is not None and error.filename is not None:
-                raise UserError(
-                    f"{error.filename}: cannot be written ({error.strerror}); free some room or choose another --out"
-                ) from None
-            raise TransientError(f"ModelScope: {_first_line(error)}") from None
+            raise sorted_out(error, "ModelScope") from None
 
 
 def sdk_module(name: str) -> Any:

@@ -15,6 +15,7 @@ from qwenvl_dist.data.storage import ReadPolicy, StorageError
 from qwenvl_dist.download.hub import HubRepository
 from qwenvl_dist.download.modelscope import ModelScopeRepository
 from qwenvl_dist.download.repository import HubFile, Repository
+from qwenvl_dist.download.waiting import heard
 from qwenvl_dist.errors import CheckFailed, UserError
 from qwenvl_dist.files import write_atomic
 
@@ -104,7 +105,7 @@ def open_repository(
 def patiently(name: str, action: Callable[[], Result], policy: ReadPolicy) -> Result:
     """Run an action under a policy; what fails in the end is a `CheckFailed`."""
     try:
-        return policy.run(action)
+        return policy.run(lambda: heard(action))
     except StorageError as error:
         raise CheckFailed(f"{name}: {error}; the same command goes on where it stopped") from None
 

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from urllib.parse import unquote, urlsplit
 
+from qwenvl_dist.data.formats.csv_file import MAX_FIELD_CHARACTERS, delimiter_of
 from qwenvl_dist.errors import UserError
 
 RECORD_NAME = "images.jsonl"
@@ -41,12 +42,23 @@ class UrlList:
     def rows(self) -> Iterator[tuple[int, dict[str, str]]]:
         """Yield the rows of a CSV file with the number of the line that each ends on."""
         assert self.column is not None
+        before = csv.field_size_limit(MAX_FIELD_CHARACTERS)
+        try:
+            yield from self._rows(self.column)
+        except csv.Error as error:
+            raise UserError(f"{self.path}: is not CSV ({error}); mend it") from None
+        finally:
+            csv.field_size_limit(before)
+
+    def _rows(self, column: str) -> Iterator[tuple[int, dict[str, str]]]:
         with self.path.open(newline="", encoding="utf-8-sig") as file:
-            reader = csv.DictReader(file)
-            names = reader.fieldnames or []
-            if self.column not in names:
+            mark = delimiter_of(file.readline(), [column])
+            file.seek(0)
+            reader = csv.DictReader(file, strict=True, skipinitialspace=True, delimiter=mark)
+            names = reader.fieldnames = [name.strip() for name in reader.fieldnames or []]
+            if column not in names:
                 raise UserError(
-                    f"{self.path}: has no column {self.column!r}, its columns are {', '.join(names) or 'none'}; "
+                    f"{self.path}: has no column {column!r}, its columns are {', '.join(names) or 'none'}; "
                     "name the one of the addresses with --column"
                 )
             for row in reader:

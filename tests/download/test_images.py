@@ -56,6 +56,36 @@ def failed(out: Path) -> dict[str, str]:
     return {entry["url"].rpartition("/")[2]: entry["reason"] for entry in map(json.loads, lines)}
 
 
+def test_two_at_once_in_one_folder_is_refused(server: FileServer, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    urls = listed(server, tmp_path)
+    server.fail(NAMES[0], "stall")
+    first = threading.Thread(target=fetch_images, args=(urls, out), kwargs={"policy": ReadPolicy(2, 3)})
+    first.start()
+    while not server.count(NAMES[0]):
+        time.sleep(0.01)
+    with pytest.raises(UserError, match="another download is at work in it"):
+        fetch_images(urls, out, policy=QUICK)
+    server.heal()
+    first.join()
+    assert fetch_images(urls, out, policy=QUICK).kept == len(NAMES)
+
+
+@pytest.mark.parametrize("mark", [",", ";", "\t"])
+def test_csv_lists_of_every_usual_kind(server: FileServer, tmp_path: Path, mark: str) -> None:
+    path = tmp_path / "urls.csv"
+    long = "x" * 200_000
+    rows = [f'{server.url}/{NAMES[0]}{mark}"a{mark} b"', f"{server.url}/{NAMES[1]}{mark}{long}"]
+    path.write_text("\ufeff" + "\r\n".join([f"image_path{mark} caption", *rows, ""]))
+    assert fetch_images(UrlList(path, "image_path"), tmp_path / "out", policy=QUICK).fetched == 2
+    lines = (tmp_path / "out" / "captions.csv").read_text().splitlines()
+    assert next(csv.reader(lines[1:2])) == [NAMES[0], f"a{mark} b"]
+    assert lines[2] == f"{NAMES[1]},{long}"
+    path.write_text(f'image_path,caption\n{server.url}/{NAMES[0]},"a\n{server.url}/{NAMES[1]},b\n')
+    with pytest.raises(UserError, match="is not CSV"):
+        fetch_images(UrlList(path, "image_path"), tmp_path / "other", policy=QUICK)
+
+
 def test_pictures_arrive_whole_whatever_the_server_does(server: FileServer, tmp_path: Path) -> None:
     out = tmp_path / "out"
     faults = ["reset", "short", "429", "503", "html", "stall", "etag", "redirect"]

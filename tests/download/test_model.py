@@ -2,9 +2,12 @@
 
 import json
 import os
+import resource
+import signal
 import subprocess
 import sys
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -40,21 +43,29 @@ def server(repository: Path) -> Iterator[HubServer]:
 
 
 def download(
-    server: HubServer, *words: str | Path, code: int = 0, **environment: str
+    server: HubServer,
+    *words: str | Path,
+    code: int = 0,
+    before: Callable[[], None] | None = None,
+    **environment: str,
 ) -> subprocess.CompletedProcess[str]:
     """Run `qwenvl-dist download` against the server and insist on the exit code."""
+    done = subprocess.run(
+        [sys.executable, "-m", "qwenvl_dist", "download", *map(str, words)],
+        capture_output=True, text=True, timeout=120, cwd=ROOT, env=variables_of(server, **environment),
+        preexec_fn=before,
+    )  # fmt: skip
+    assert done.returncode == code, done.stderr[-4000:]
+    return done
+
+
+def variables_of(server: HubServer, **environment: str) -> dict[str, str]:
     home = server.folder.parent / "home"
-    variables = {
+    return {
         **os.environ, "HF_ENDPOINT": server.url, "HF_HOME": str(home), "MODELSCOPE_ENDPOINT": server.url,
         "MODELSCOPE_CACHE": str(home / "ms"), "HF_HUB_OFFLINE": "0", "HOME": str(home), "PYTHONPATH": python_path(),
         "HF_HUB_DISABLE_TELEMETRY": "1", **environment,
     }  # fmt: skip
-    done = subprocess.run(
-        [sys.executable, "-m", "qwenvl_dist", "download", *map(str, words)],
-        capture_output=True, text=True, timeout=120, cwd=ROOT, env=variables,
-    )  # fmt: skip
-    assert done.returncode == code, done.stderr[-4000:]
-    return done
 
 
 def python_path() -> str:
@@ -196,6 +207,10 @@ def test_one_split_is_written_as_a_folder_of_datasets(tmp_path: Path) -> None:
             "is there already"
             in download(server, "dataset", "lab/tiny", "--split", "train", "--out", out, code=2).stderr
         )
+        (tmp_path / "file").write_text("")
+        words = ["--split", "train", "--out", tmp_path / "file" / "out"]
+        message = download(server, "dataset", "lab/tiny", *words, code=2).stderr
+        assert "out: cannot be written (" in message.splitlines()[-1] and "Traceback" not in message
         message = download(
             server, "dataset", "lab/tiny", "--split", "dev", "--out", tmp_path / "b", code=2
         ).stderr
@@ -273,6 +288,54 @@ def test_a_split_of_modelscope_goes_through_msdataset(server: HubServer, tmp_pat
     import datasets
 
     assert datasets.load_from_disk(out)["asked"][:] == ["modelscope/coco", "coco", "train", "master"]
+
+
+def most_bytes() -> None:
+    resource.setrlimit(resource.RLIMIT_FSIZE, (5_000_000, 5_000_000))
+
+
+def test_a_disk_that_takes_no_more_is_one_line(server: HubServer, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    done = download(server, "model", "lab/tiny", "--out", out, code=2, before=most_bytes)
+    assert "cannot be written (File too large); free some room" in done.stderr.splitlines()[-1]
+    assert WEIGHTS[0] not in files_of(out)
+    assert server.count(WEIGHTS[0]) < 4, "no use in asking again"
+    download(server, "model", "lab/tiny", "--out", out)
+    assert_whole(server.folder, out)
+
+
+def test_a_file_that_the_hub_lists_and_has_not_is_named_at_once(server: HubServer, tmp_path: Path) -> None:
+    server.fail("config.json", "404")
+    message = download(server, "model", "lab/tiny", "--out", tmp_path / "out", code=1).stderr
+    assert "answers 404 for a file that it lists" in message and "tried" not in message
+
+
+def test_ctrl_c_ends_a_download_at_once(server: HubServer, tmp_path: Path) -> None:
+    server.fail(WEIGHTS[0], "stall")
+    words = [
+        sys.executable,
+        "-m",
+        "qwenvl_dist",
+        "download",
+        "model",
+        "lab/tiny",
+        "--out",
+        str(tmp_path / "out"),
+    ]
+    with subprocess.Popen(
+        words, stderr=subprocess.PIPE, text=True, cwd=ROOT, env=variables_of(server)
+    ) as process:
+        deadline = time.monotonic() + 60
+        while not server.count(WEIGHTS[0]) and time.monotonic() < deadline:
+            time.sleep(0.1)
+        time.sleep(0.5)
+        process.send_signal(signal.SIGINT)
+        error = process.communicate(timeout=10)[1]
+    assert process.returncode == 1 and "Traceback" not in error
+    assert error.splitlines()[-1] == "error: interrupted; the same command goes on where it stopped"
+    server.heal()
+    download(server, "model", "lab/tiny", "--out", tmp_path / "out")
+    assert_whole(server.folder, tmp_path / "out")
 
 
 def test_what_a_model_needs() -> None:

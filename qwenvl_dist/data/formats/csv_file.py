@@ -7,7 +7,7 @@ coco_2014_caption/391895.jpg,A man with a red helmet on a moped.&&Man riding a m
 from __future__ import annotations
 
 import csv
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from typing import Any
 
@@ -22,6 +22,16 @@ DELIMITERS = ",;\t|"
 MAX_FIELD_CHARACTERS = 1 << 24  # a quote that nothing closes must not read the rest of the file into memory
 
 
+def delimiter_of(header: str, wanted: Iterable[str]) -> str:
+    """Return what parts the columns: the first usual mark with which the header has those that are wanted."""
+    for delimiter in DELIMITERS:
+        with suppress(csv.Error):
+            names = next(csv.reader([header], delimiter=delimiter, skipinitialspace=True), [])
+            if {name.strip() for name in wanted} <= {name.strip() for name in names}:
+                return delimiter
+    return ","
+
+
 class CsvReader(FileReader):
     """One row, one picture."""
 
@@ -30,11 +40,13 @@ class CsvReader(FileReader):
 
     def _records(self) -> Iterator[Record]:
         before = csv.field_size_limit(MAX_FIELD_CHARACTERS)
+        _, first = next(self.file.lines(), (1, ""))
+        wanted = (self.given.image_column or IMAGE_COLUMN, self.given.text_column or TEXT_COLUMN)
         rows = csv.reader(
             (line for _, line in self.file.lines()),
             strict=True,
             skipinitialspace=True,
-            delimiter=self._delimiter(),
+            delimiter=delimiter_of(first, wanted),
         )
         try:
             header = [name.strip() for name in next(rows, [])]
@@ -55,17 +67,6 @@ class CsvReader(FileReader):
             ) from None
         finally:
             csv.field_size_limit(before)
-
-    def _delimiter(self) -> str:
-        """Return what parts the columns: the first usual mark with which the header has those that are wanted."""
-        wanted = {self.given.image_column or IMAGE_COLUMN, self.given.text_column or TEXT_COLUMN}
-        _, first = next(self.file.lines(), (1, ""))
-        for delimiter in DELIMITERS:
-            with suppress(csv.Error):
-                header = next(csv.reader([first], delimiter=delimiter, skipinitialspace=True), [])
-                if {name.strip() for name in wanted} <= {name.strip() for name in header}:
-                    return delimiter
-        return ","
 
     def _column(self, header: list[str], option: str, given: str | None, usual: str) -> int:
         name = usual if given is None else given.strip()
