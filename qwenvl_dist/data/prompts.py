@@ -99,7 +99,7 @@ class PromptEncoder:
 
     def prompt(self, messages: list[dict[str, Any]], pictures: Sequence[bytes], asked: Asked) -> Prompt:
         """Encode a conversation. Raises UnreadableImage, or ValueError when pictures and text disagree."""
-        sized = [self.encoder.picture(data) for data in pictures]
+        sized, _ = self.encoder.pictures(pictures)
         grids = tuple(grid for _, grid in sized)
         pixels = np.concatenate([p for p, _ in sized]) if sized else np.zeros(0, np.uint8)
         return Prompt(asked, self.encoder.chat.encode_prompt(messages, grids), grids, pixels)

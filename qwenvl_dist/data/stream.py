@@ -111,6 +111,17 @@ class SampleEncoder:
         pixels = decode(data)
         return self._resized(pixels, *self.size_rule.target(pixels.shape[1], pixels.shape[0]))
 
+    def pictures(
+        self, images: Sequence[bytes], limit: int | None = None
+    ) -> tuple[list[tuple[np.ndarray, Grid]], bool]:
+        """Return `picture` of all pictures of a sample, and whether any was shrunk so that they keep their bounds.
+
+        The bounds are the rule's and `limit`, in visual tokens. Raises UnreadableImage.
+        """
+        decoded = [decode(data) for data in images]
+        targets, shrunk = self.size_rule.targets([(p.shape[1], p.shape[0]) for p in decoded], limit)
+        return [self._resized(p, *target) for p, target in zip(decoded, targets, strict=True)], shrunk
+
     def _resized(self, pixels: NDArray[np.uint8], height: int, width: int) -> tuple[np.ndarray, Grid]:
         grid = (1, height // self.patch_size, width // self.patch_size)
         return resize(pixels, height, width, self.exact_resize).reshape(-1).numpy(), grid
@@ -125,9 +136,7 @@ class SampleEncoder:
             made.check_shape(self.features_width, self.chat.merge_size)
             return Seen(messages, made.grids, self.dummy.pixels, made.values)
         messages = _messages(raw, len(raw.images))
-        decoded = [decode(data) for data in raw.images]
-        targets, shrunk = self.size_rule.targets([(p.shape[1], p.shape[0]) for p in decoded], limit)
-        made = [self._resized(p, *target) for p, target in zip(decoded, targets, strict=True)]
+        made, shrunk = self.pictures(raw.images, limit)
         pixels = np.concatenate([p for p, _ in made]) if made else np.zeros(0, np.uint8)
         return Seen(messages, tuple(grid for _, grid in made), pixels, is_shrunk=shrunk)
 

@@ -88,11 +88,12 @@ def load_captioner(
     folder = resolve_base(model)
     BaseFolder(folder)  # a download that was cut off is named here, in milliseconds
     processor = load_processor(folder)
+    most = None
     if image_size is None:
-        image_size = training_image_size(
+        image_size, most = training_image_size(
             [f for f in (adapter, trained_as, folder) if f is not None], processor
         )
-    rule = ImageSizeRule.of(image_size, processor, "image size")
+    rule = ImageSizeRule.of(image_size, processor, "image size", most)
     base = load_model(folder, ModelConfig.model_validate({"base": str(folder), "dtype": dtype}))
     base.pixel_settings = PixelSettings.of(processor)
     tuned = None if adapter is None else add_adapter(base, adapter)
@@ -101,19 +102,23 @@ def load_captioner(
     return Captioner(base, tuned, processor, SampleEncoder(processor, rule, max_length), device)
 
 
-def training_image_size(folders: list[Path], processor: Any) -> int | PixelRange:
-    """Return the picture size of training as the first of these folders tells it, else the processor's."""
+def training_image_size(folders: list[Path], processor: Any) -> tuple[int | PixelRange, int | None]:
+    """Return the picture size of training as the first of these folders tells it, else the processor's.
+
+    Beside it how many visual tokens all pictures of a sample had at most, None for no bound.
+    """
     for folder in folders:
         for path in (folder / TRAINING_IMAGES_FILE, folder / "processor" / TRAINING_IMAGES_FILE):
             if not path.is_file():
                 continue
             try:
-                stored = json.loads(path.read_text(encoding="utf-8"))["image_size"]
-                return DataConfig(image_size=stored).image_size
-            except (ValueError, KeyError, TypeError) as error:
+                stored = json.loads(path.read_text(encoding="utf-8"))
+                most = stored.get("max_visual_tokens")
+                return DataConfig(image_size=stored["image_size"], max_visual_tokens=most).image_size, most
+            except (ValueError, KeyError, TypeError, AttributeError) as error:
                 raise UserError(f"{path}: damaged; restore it, or give --image-size") from error
     size = processor.image_processor.size
-    return PixelRange.model_construct(min_pixels=size["shortest_edge"], max_pixels=size["longest_edge"])
+    return PixelRange.model_construct(min_pixels=size["shortest_edge"], max_pixels=size["longest_edge"]), None
 
 
 def _require_adapter(folder: Path) -> None:

@@ -52,11 +52,13 @@ def load_processor(folder: Path) -> Any:
         raise UserError(f"model.base = {folder}: its processor cannot be loaded ({reason})") from error
 
 
-def save_processor(processor: Any, image_size: int | PixelRange, folder: Path) -> None:
+def save_processor(
+    processor: Any, image_size: int | PixelRange, folder: Path, max_visual_tokens: int | None = None
+) -> None:
     """Write tokenizer, chat template and processor with the pixel settings of training into `folder`.
 
     A fixed square side has no place in preprocessor_config.json: other programs read the same area from it, ours the
-    exact side from the file beside it.
+    exact side from the file beside it, and the bound of a sample with several pictures.
     """
     if isinstance(image_size, int):
         low = high = image_size * image_size
@@ -70,7 +72,10 @@ def save_processor(processor: Any, image_size: int | PixelRange, folder: Path) -
     config.update(min_pixels=low, max_pixels=high, size={"shortest_edge": low, "longest_edge": high})
     settings.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     image = image_size if isinstance(image_size, int) else image_size.model_dump()
-    (folder / TRAINING_IMAGES_FILE).write_text(json.dumps({"image_size": image}) + "\n", encoding="utf-8")
+    content: dict[str, Any] = {"image_size": image}
+    if max_visual_tokens is not None:
+        content["max_visual_tokens"] = max_visual_tokens
+    (folder / TRAINING_IMAGES_FILE).write_text(json.dumps(content) + "\n", encoding="utf-8")
 
 
 def choose_attention(wanted: str) -> str:

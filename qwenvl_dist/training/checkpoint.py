@@ -151,7 +151,10 @@ class Checkpoints:
             adapter = getattr(self.state.engine.module, "peft_config", None)
             if adapter is not None:
                 adapter["default"].save_pretrained(scratch)
-            save_processor(self.state.processor, self.state.recipe.data.picture_size, folder / "processor")
+            data = self.state.recipe.data
+            save_processor(
+                self.state.processor, data.picture_size, folder / "processor", data.max_visual_tokens
+            )
             found = {
                 str(path.relative_to(folder)): path.read_bytes() for path in manifests.files_below(folder)
             }

@@ -49,7 +49,7 @@ def open_generations(state: TrainState) -> Generations | None:
     shards = state.validation.shards
     plan = RunPlan(first_samples(shards.manifest.shard_sizes, config.images), seed=0, window=1, shuffle=False)
     # Resized as `evaluate` does it, so that a merged model sees the same pictures.
-    rule = ImageSizeRule.of(data.picture_size, state.processor)
+    rule = ImageSizeRule.of(data.picture_size, state.processor, max_visual_tokens=data.max_visual_tokens)
     encoder = PromptEncoder(SampleEncoder(state.processor, rule, data.max_length))
     layout = StepLayout(state.topology.world_size, config.batch_size, 1)
     stream = PromptStream(shards, plan, layout, encoder, rank=state.topology.rank, workers=0)

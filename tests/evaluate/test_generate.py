@@ -1,3 +1,4 @@
+import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,9 @@ from qwen_vl_utils import process_vision_info
 from safetensors.torch import load_file, save_file
 from transformers import AutoProcessor, Qwen2VLForConditionalGeneration
 
+from qwenvl_dist.config import PixelRange
 from qwenvl_dist.data.formats import caption_messages
+from qwenvl_dist.data.index import RawSample
 from qwenvl_dist.data.prompts import Asked, split_last_answer
 from qwenvl_dist.errors import UserError
 from qwenvl_dist.evaluate.captioner import Captioner, load_captioner, training_image_size
@@ -140,15 +143,15 @@ def test_picture_size_of_training_comes_from_the_adapter_then_the_model_then_its
     model, adapter = tmp_path / "model", tmp_path / "adapter"
     model.mkdir()
     adapter.mkdir()
-    bounds: Any = training_image_size([adapter, model], processor)
+    bounds: Any = training_image_size([adapter, model], processor)[0]
     assert (bounds.min_pixels, bounds.max_pixels) == (56 * 56, 448 * 448)
     save_processor(processor, 140, model)
-    assert training_image_size([adapter, model], processor) == 140
+    assert training_image_size([adapter, model], processor) == (140, None)
     (adapter / "processor").mkdir()
     (adapter / "processor" / "qwenvl_dist.json").write_text('{"image_size": 84}')
-    assert training_image_size([adapter, model], processor) == 84
+    assert training_image_size([adapter, model], processor) == (84, None)
     (adapter / "qwenvl_dist.json").write_text('{"image_size": {"min_pixels": 800, "max_pixels": 9000}}')
-    chosen: Any = training_image_size([adapter, model], processor)
+    chosen: Any = training_image_size([adapter, model], processor)[0]
     assert (chosen.min_pixels, chosen.max_pixels) == (800, 9000)
     (adapter / "qwenvl_dist.json").write_text('{"image_size": 85}')
     with pytest.raises(UserError, match=r"qwenvl_dist\.json: damaged"):
@@ -163,6 +166,24 @@ def test_pictures_take_the_size_they_had_in_training(
     prompt = load_captioner(str(tuned)).encoder.picture(pictures[5].read_bytes())
     assert prompt[1] == (1, 8, 8)
     assert load_captioner(str(tuned), image_size=56).encoder.picture(pictures[5].read_bytes())[1] == (1, 4, 4)
+
+
+def test_several_pictures_share_the_visual_tokens_that_they_shared_in_training(
+    base: Path, pictures: list[Path], tmp_path: Path
+) -> None:
+    def tokens(model: Path, **options: Any) -> int:
+        content = [{"type": "image"}] * 3 + [{"type": "text", "text": PROMPT}]
+        said = [{"role": "user", "content": content}]
+        answer = {"role": "assistant", "content": [{"type": "text", "text": "x"}]}
+        members = {f"{n}.jpg": picture.read_bytes() for n, picture in enumerate(pictures[:3])}
+        raw = RawSample("a", {**members, "json": json.dumps({"messages": [*said, answer]}).encode()})
+        encoder = load_captioner(str(model), **options).prompt_encoder()
+        return sum(h * w // 4 for _, h, w in encoder.encode(raw).grids)
+
+    bounds = PixelRange(min_pixels=56 * 56, max_pixels=112 * 112)
+    bound = Path(shutil.copytree(base, tmp_path / "bound"))
+    save_processor(load_processor(base), bounds, bound, max_visual_tokens=12)
+    assert tokens(bound) <= 12 < tokens(bound, image_size=bounds)
 
 
 def test_adapter_speaks_after_and_the_bare_base_before(
