@@ -19,7 +19,7 @@ from typing import Any
 from qwenvl_dist.data.formats.messages import turns_of
 from qwenvl_dist.data.formats.reader import id_of, id_of_stem
 from qwenvl_dist.data.formats.sample import DEFAULT_JOIN, DEFAULT_PROMPT, Sample, caption_messages, short
-from qwenvl_dist.data.formats.turns import FormatError, TextRules, to_messages
+from qwenvl_dist.data.formats.turns import FormatError, TextRules, place, to_messages
 
 SOURCE = "webdataset"
 
@@ -67,7 +67,8 @@ class TextForm:
             raise FormatError(f"is {short(record)}: it must be an object")
         image_id = id_of(record, "image_id")
         if self.caption_field is None:
-            messages, pictures = to_messages(turns_of(record), self._rules)
+            turns = place(turns_of(record), [None] * num_images)
+            messages, pictures = to_messages(turns, self._rules)
             if len(pictures) != num_images:
                 raise FormatError(f"names {len(pictures)} pictures, {num_images} lie beside it")
             return messages, image_id

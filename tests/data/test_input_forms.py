@@ -105,8 +105,24 @@ def test_one_question_and_answer_in_the_forms_of_many_programs(folder: Path) -> 
         {"instruction": "<image>What?", "input": "", "output": "A bus.", **history},
         {"instruction": "<image>", "input": "What?", "output": "A bus.", **history},
         {"conversation": asked, **more},
+        {"question": "<image>What?", "answer": "A bus.", **history},
+        {"prompt": "<image>What?", "completion": "A bus.", **history},
     ):
         assert spoken(read("messages", write(folder, record))[0]) == expected, record
+
+
+def test_turns_by_either_pair_of_names(folder: Path) -> None:
+    ours = [{"role": "user", "content": "<image>What?"}, {"role": "assistant", "content": "A bus."}]
+    theirs = [{"from": "human", "value": "<image>What?"}, {"from": "gpt", "value": "A bus."}]
+    for turns in (ours, theirs):
+        for source, name in (
+            ("messages", "messages"),
+            ("messages", "conversations"),
+            ("messages", "conversation"),
+            ("llava", "conversations"),
+        ):
+            (sample,) = read(source, write(folder, {name: turns, "image": "a.jpg"}))
+            assert spoken(sample) == [("user", ["a.jpg", "What?"]), ("assistant", ["A bus."])]
 
 
 def test_pictures_that_the_text_does_not_place_come_before_the_first_words(folder: Path) -> None:
@@ -366,6 +382,7 @@ def test_a_faulty_json_is_one_line(folder: Path, content: str, words: str, remed
         ),
         ("messages", {"messages": [{"role": "user", "content": "?"}], "images": 3}, ["3 for 'images'"]),
         ("messages", {"image": "a.jpg"}, ["no list 'messages'", "query", "caption"]),
+        ("messages", {"query": "?", "response": "x", "label": False}, ["'label' false", "drop the record"]),
         ("messages", {"query": "?", "response": None}, ["null for 'response'"]),
         ("messages", {"query": "?", "response": "x", "history": ["y"]}, ["history[0]"]),
         ("messages", {"conversation": [{"human": "?"}]}, ["conversation[0]", "'assistant'"]),

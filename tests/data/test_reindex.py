@@ -113,6 +113,7 @@ def test_jpg_and_json_by_caption_field_or_conversation(tmp_path: Path) -> None:
         ({"alt": "A bus.", "caption": "no"}, {"caption_field": "alt"}),
         ({"conversations": turns, "image": "elsewhere.jpg"}, {}),
         ({"messages": said, "images": ["elsewhere.jpg"]}, {}),
+        ({"messages": [{"role": "user", "content": "COCO Yes:"}, said[1]]}, {}),
         ({"messages": caption_messages("COCO Yes:", "A bus.")}, {}),
     ]):  # fmt: skip
         folder = tmp_path / str(number)

@@ -101,6 +101,15 @@ def test_pairs_of_question_and_answer_as_the_cauldron_has_them(tmp_path: Path) -
     assert [part["type"] for part in sample.messages[0]["content"]] == ["image", "image", "text"]
 
 
+def test_questions_and_answers_in_columns_of_their_own(tmp_path: Path) -> None:
+    rows = [{"image": inside(1), "question": "What?", "answer": "A bus.", "kind": "x"}]
+    (sample,) = read(table(tmp_path, rows))
+    assert [part["type"] for part in sample.messages[0]["content"]] == ["image", "text"]
+    assert sample.messages[1]["content"][0]["text"] == "A bus."
+    (sample,) = read(table(tmp_path, rows), text_column="answer")
+    assert sample.messages[0]["content"][1]["text"] == "COCO Yes:"
+
+
 def test_rows_that_cannot_be_used_are_left_out_when_asked_for(tmp_path: Path) -> None:
     rows = [
         {"image": image, "caption": text}

@@ -40,10 +40,11 @@ class ConversationsReader(FileReader):
 
 
 def from_value(turn: Any, number: int) -> Turn:
-    """Return the turn that `from` and `value` say. Raises FormatError."""
-    if not isinstance(turn, dict) or not isinstance(turn.get("value"), str):
+    """Return the turn that `from` and `value` say, or `role` and `content`. Raises FormatError."""
+    who, what = ("role", "content") if isinstance(turn, dict) and "value" not in turn else ("from", "value")
+    if not isinstance(turn, dict) or not isinstance(turn.get(what), str):
         raise FormatError(f"has in conversations[{number}] {short(turn)}: it needs 'from' and a text 'value'")
-    return Turn(role_of(turn.get("from")), split_marks(turn["value"]))
+    return Turn(role_of(turn.get(who)), split_marks(turn[what]))
 
 
 def system_turn(record: dict[str, Any]) -> list[Turn]:
@@ -64,6 +65,8 @@ def refuse_other_media(record: dict[str, Any]) -> None:
             raise FormatError(
                 f"has {name!r} {short(record[name])}: only pictures and texts are learned; drop the record"
             )
+    if record.get("label") is False:  # of KTO
+        raise FormatError("has 'label' false, so its answer is one that is not wanted: drop the record")
     if record.get("objects") and any(mark in json.dumps(record) for mark in FILLED_IN):
         raise FormatError(
             f"has 'objects' {short(record['objects'])} for <ref-object> and <bbox>: write the boxes into the text, "

@@ -28,7 +28,12 @@ from qwenvl_dist.data.formats.turns import FormatError, Named, Part, Turn, role_
 EXAMPLE = '{"messages": [{"role": "user", "content": ...}, {"role": "assistant", "content": ...}]}'
 IMAGE_FIELDS = ("images", "image", "image_path", "file_name")
 CAPTION_FIELDS = ("caption", "captions", "text")
-PAIRS = (("query", "response"), ("instruction", "output"))  # of ms-swift and of LLaMA-Factory's alpaca
+# Of records of one question and its answer: ms-swift's, alpaca's, and those of data sets to be asked about pictures.
+QUESTIONS, ANSWERS = (
+    ("query", "instruction", "question", "prompt"),
+    ("response", "output", "answer", "completion"),
+)
+CONVERSATIONS = ("messages", "conversations", "conversation", *QUESTIONS, *ANSWERS)
 TURN_WEIGHTS = ("loss", "weight")  # of ms-swift and OpenAI: whether a turn is to be learned
 
 
@@ -59,7 +64,9 @@ def turns_of(record: dict[str, Any]) -> list[Turn]:
         turns = need_list(record["conversations"], "conversations", EXAMPLE)
         said = [from_value(turn, number) for number, turn in enumerate(turns)]
     elif "conversation" in record:
-        said = pairs_of(need_list(record["conversation"], "conversation", EXAMPLE), "conversation")
+        turns = need_list(record["conversation"], "conversation", EXAMPLE)
+        is_one_turn_each = isinstance(turns[0], dict) and ("role" in turns[0] or "from" in turns[0])
+        said = turns_of({"messages": turns}) if is_one_turn_each else pairs_of(turns, "conversation")
     else:
         said = list(_question_and_answer(record))
     return [*system_turn(record), *said]
@@ -83,12 +90,13 @@ def pairs_of(pairs: list[Any], name: str) -> list[Turn]:
 
 def _question_and_answer(record: dict[str, Any]) -> Iterator[Turn]:
     """Yield the turns of a record of one question, one answer, and what was said before."""
-    names = next((pair for pair in PAIRS if any(name in record for name in pair)), None)
-    if names is None:
-        known = ", ".join(
-            ("conversations", "conversation", *(pair[0] for pair in PAIRS), "caption with a picture")
+    asked = next((name for name in QUESTIONS if name in record), None)
+    answered = next((name for name in ANSWERS if name in record), None)
+    if asked is None or answered is None:
+        raise FormatError(
+            f"has no list 'messages': it must be like {EXAMPLE}, or have conversations, conversation, "
+            "a query and a response, or a caption with a picture"
         )
-        raise FormatError(f"has no list 'messages': it must be like {EXAMPLE}, or have {known}")
     for number, pair in enumerate(record.get("history") or []):
         if not isinstance(pair, list) or len(pair) != 2 or not all(isinstance(text, str) for text in pair):
             raise FormatError(
@@ -96,11 +104,11 @@ def _question_and_answer(record: dict[str, Any]) -> Iterator[Turn]:
             )
         yield Turn("user", split_marks(pair[0]))
         yield Turn("assistant", split_marks(pair[1]))
-    for name in names:
+    for name in (asked, answered):
         if not isinstance(record.get(name), str):
             raise FormatError(f"has {short(record.get(name))} for {name!r}: it must be a text")
-    question, answer = record[names[0]], record[names[1]]
-    more = record.get("input") if names[0] == "instruction" else None
+    question, answer = record[asked], record[answered]
+    more = record.get("input") if asked == "instruction" else None
     if more is not None and not isinstance(more, str):
         raise FormatError(f"has {short(more)} for 'input': it must be a text")
     yield Turn("user", split_marks(f"{question}\n{more}" if more else question))
@@ -109,10 +117,7 @@ def _question_and_answer(record: dict[str, Any]) -> Iterator[Turn]:
 
 def captions_of(record: dict[str, Any]) -> list[str] | None:
     """Return the captions of a record that is no conversation, None for another record. Raises FormatError."""
-    if any(
-        name in record
-        for name in ("messages", "conversations", "conversation", *(n for p in PAIRS for n in p))
-    ):
+    if any(name in record for name in CONVERSATIONS):
         return None
     name = next((name for name in CAPTION_FIELDS if name in record), None)
     if name is None:
@@ -146,6 +151,8 @@ def _name_of(image: Any) -> Any:
 
 
 def _turn(message: Any, number: int) -> Turn:
+    if isinstance(message, dict) and "content" not in message and "value" in message:
+        return from_value(message, number)
     if not isinstance(message, dict) or not isinstance(message.get("content"), (str, list)):
         raise FormatError(
             f"has in messages[{number}] {short(message)}: it needs 'role' and a 'content' of text or parts"

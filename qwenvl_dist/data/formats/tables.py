@@ -15,7 +15,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from qwenvl_dist.data.formats.annotations import Record
-from qwenvl_dist.data.formats.messages import pairs_of, turns_of
+from qwenvl_dist.data.formats.messages import ANSWERS, QUESTIONS, pairs_of, turns_of
 from qwenvl_dist.data.formats.pictures import Pictures
 from qwenvl_dist.data.formats.reader import Draft, PackInput, RecordReader, id_of, id_of_stem, stem_of
 from qwenvl_dist.data.formats.sample import Picture, caption_messages, short
@@ -55,7 +55,11 @@ class TableReader(RecordReader):
         self.place = Path(given.location)
         self.files = find_files(self.place, given.split)
         schema = self.files[0].schema
-        self.text = _column(schema.names, given.text_column, TEXT_COLUMNS, "--text-column", self.files[0])
+        pair = [next((n for n in names if n in schema.names), None) for names in (QUESTIONS, ANSWERS)]
+        self.asked = [name for name in pair if name is not None]
+        if given.text_column is not None or len(self.asked) < 2 or {*TEXT_COLUMNS} & {*schema.names}:
+            self.asked = []
+            self.text = _column(schema.names, given.text_column, TEXT_COLUMNS, "--text-column", self.files[0])
         self.image = None
         if given.image_column is not None or any(name in schema.names for name in IMAGE_COLUMNS):
             self.image = _column(
@@ -69,7 +73,8 @@ class TableReader(RecordReader):
         self.pictures = Pictures(given.images, self.files[0].path, given.allow_missing)
 
     def _records(self) -> Iterator[Record]:
-        wanted = [name for name in (self.text, *ID_COLUMNS) if name in self.files[0].schema.names]
+        texts = self.asked or [self.text]
+        wanted = [name for name in (*texts, *ID_COLUMNS) if name in self.files[0].schema.names]
         for file in self.files:
             row = 0
             for group in range(file.num_groups):
@@ -90,15 +95,17 @@ class TableReader(RecordReader):
         row, images = value
         if isinstance(images, FormatError):
             raise images
-        text = row[self.text]
+        text = None if self.asked else row[self.text]
         if isinstance(
             text, dict
         ):  # older versions of datasets store a list of turns as one list for each member
             names, columns = list(text), [column or [] for column in text.values()]
             text = [dict(zip(names, values, strict=False)) for values in zip(*columns, strict=False)]
         own_id, image_id = id_of(row, "id"), id_of(row, "image_id")
-        if isinstance(text, list) and text and isinstance(text[0], dict):
-            if "assistant" in text[0]:
+        if self.asked or (isinstance(text, list) and text and isinstance(text[0], dict)):
+            if text is None:
+                said = turns_of({name: row[name] for name in self.asked})
+            elif "assistant" in text[0]:
                 said = pairs_of(text, self.text)
             else:
                 said = turns_of({"messages" if "role" in text[0] else "conversations": text})
