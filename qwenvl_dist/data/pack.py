@@ -106,7 +106,7 @@ def _pack(
     workers: int,
     skip_bad: bool,
     packing: dict[str, Any] | None,
-    captions: PackedCaptions | None,
+    captions: PackedCaptions,
     part: tuple[int, int] | None,
     advance: Callable[[int], None],
 ) -> PackReport:
