@@ -418,6 +418,28 @@ def test_command_skips_bad_pictures_and_names_them(tmp_path, coco, capsys):
     assert "left out 000000000002" in capsys.readouterr().err
 
 
+def test_command_skips_captions_that_cannot_be_used_and_pictures_without_one(tmp_path, coco):
+    captions = coco.content["annotations"]
+    captions[0]["caption"] = None  # the first of image 1, which has another
+    for caption in captions:
+        if caption["image_id"] in (2, 3):
+            caption["caption"] = " " if caption["image_id"] == 2 else caption["caption"]
+    coco.write(annotations=[caption for caption in captions if caption["image_id"] != 3])
+    with pytest.raises(UserError, match=r"annotations\[0\], of image 1, is .* it needs a 'caption'"):
+        pack_command(coco, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    assert pack_command(coco, tmp_path / "out", "--skip-bad") == 0
+    manifest = Manifest.load(tmp_path / "out")
+    assert manifest.samples == len(coco.content["images"]) - 2
+    skipped = [bad["key"].removeprefix(f"{coco.captions}: ") for bad in manifest.packing["skipped"]]
+    assert skipped[0] == "annotations[0], of image 1"
+    assert [place.rpartition("of ")[2] for place in skipped[1:-2]] == ["image 2"] * len(skipped[1:-2])
+    assert skipped[-2:] == ["image 2 ('000000000002.jpg')", "image 3 ('000000000003.jpg')"]
+    coco.write(annotations=[])
+    with pytest.raises(UserError, match="no image has a caption that can be used"):
+        pack_command(coco, tmp_path / "none", "--skip-bad")
+
+
 def test_the_real_photos_pack_and_verify(tmp_path, real_coco):
     samples = list(read_coco_captions(real_coco / "captions.json", real_coco / "images"))
     out = tmp_path / "out"

@@ -63,8 +63,8 @@ class CocoFileReader(SampleReader):
         return ()
 
     @abstractmethod
-    def _annotation_values(self, annotation: dict[str, Any], where: str, image_id: int | str) -> Row:
-        """Return the values of `annotation_columns`. `UserError` for wrong ones."""
+    def _annotation_values(self, annotation: dict[str, Any], where: str, image_id: int | str) -> Row | None:
+        """Return the values of `annotation_columns`, None to leave it out. `UserError` for wrong ones."""
 
     @abstractmethod
     def _finish(self) -> int:
@@ -151,7 +151,9 @@ class CocoFileReader(SampleReader):
                 image_id = id_of(annotation, "image_id")
                 if image_id is None or not is_unicode(str(image_id)):
                     raise self._unlisted(number, annotation.get("image_id"))
-                yield number, image_id, *self._annotation_values(annotation, where, image_id)
+                values = self._annotation_values(annotation, where, image_id)
+                if values is not None:
+                    yield number, image_id, *values
 
         try:
             self._insert("annotations", rows(), 2 + len(self.annotation_columns))
@@ -246,25 +248,35 @@ class CocoReader(CocoFileReader):
     form = "a COCO captions file is {'images': [...], 'annotations': [...]}, like captions_train2017.json"
     annotation_columns = ("text",)
 
-    def _annotation_values(self, annotation: dict[str, Any], where: str, image_id: int | str) -> Row:
-        if not isinstance(annotation.get("caption"), str):
-            raise UserError(f"{where} is {short(annotation)}: it needs a 'caption'; {self.form}")
+    def _annotation_values(self, annotation: dict[str, Any], where: str, image_id: int | str) -> Row | None:
+        where, caption = f"{where}, of image {image_id},", annotation.get("caption")
         try:
-            return (self.rules.caption(annotation["caption"]),)
+            if not isinstance(caption, str):
+                raise FormatError(f"is {short(annotation)}: it needs a 'caption'; {self.form}")
+            return (self.rules.caption(caption),)
         except FormatError as error:
-            raise UserError(f"{where}, of image {image_id}, {error}") from None
+            if not self.given.allow_missing:
+                raise UserError(f"{where} {error}") from None
+            self.unusable.append((where.rstrip(","), str(error)))
+            return None
 
     def _finish(self) -> int:
-        silent = self._one(
+        silent = self.spill.execute(
             "SELECT id, name FROM images WHERE NOT EXISTS (SELECT 1 FROM annotations WHERE image_id = images.id) "
-            "ORDER BY number LIMIT 1"
+            "ORDER BY number"
         )
-        if silent is not None:
-            raise UserError(
-                f"{self.file}: image {silent[0]} ({silent[1]!r}) has no caption: "
-                "each image needs one in 'annotations'; add it, or drop the image from 'images'"
-            )
-        return self._one("SELECT count(*) FROM images")[0]
+        for image_id, name in silent:
+            where = f"{self.file}: image {image_id} ({name!r})"
+            if not self.given.allow_missing:
+                raise UserError(
+                    f"{where} has no caption: each image needs one in 'annotations'; add it, drop the image from "
+                    "'images', or leave such images out with --skip-bad"
+                )
+            self.unusable.append((where, "has no caption"))
+        count = sum(1 for _ in self._annotated("id"))
+        if not count:
+            raise UserError(f"{self.file}: no image has a caption that can be used; {self.form}")
+        return count
 
     def _samples(self) -> Iterator[Sample]:
         for image_id, name, key in self._annotated(f"id, name, {self.key}"):
