@@ -1,7 +1,5 @@
 """Run a function in real processes, one a rank, that talk over gloo: the ground of every distributed test."""
 
-import importlib
-import json
 import os
 import signal
 import socket
@@ -12,11 +10,18 @@ import time
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).parents[1]
+from tests import warm
+from tests.warm import ROOT
 
 
 def run_ranks(
-    target: str, world: int, *, timeout: float, env: dict[str, str] | None = None, **kwargs: Any
+    target: str,
+    world: int,
+    *,
+    timeout: float,
+    env: dict[str, str] | None = None,
+    fresh: bool = False,
+    **kwargs: Any,
 ) -> list[str]:
     """Run `module:function(**kwargs)` on ranks 0..world-1 and return each rank's stdout.
 
@@ -28,37 +33,17 @@ def run_ranks(
         world: number of ranks.
         timeout: seconds for all of them together.
         env: more environment variables; `{rank}` in a value becomes the rank.
+        fresh: give each rank an interpreter of its own, which imports everything itself.
     """
     port = free_port()
     with tempfile.TemporaryDirectory() as folder:
         outputs = [(Path(folder, f"{rank}.out"), Path(folder, f"{rank}.err")) for rank in range(world)]
         processes = []
-        for rank, (out, err) in enumerate(outputs):
-            variables = {
-                **os.environ,
-                "RANK": str(rank),
-                "LOCAL_RANK": str(rank),
-                "WORLD_SIZE": str(world),
-                "LOCAL_WORLD_SIZE": str(world),
-                "MASTER_ADDR": "127.0.0.1",
-                "MASTER_PORT": str(port),
-                "DS_ACCELERATOR": "cpu",
-                "OMP_NUM_THREADS": "1",
-                "PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")])),
-                **{name: value.replace("{rank}", str(rank)) for name, value in (env or {}).items()},
-            }
-            with out.open("w") as stdout, err.open("w") as stderr:
-                processes.append(
-                    subprocess.Popen(
-                        [sys.executable, "-m", "tests.ranks", target, json.dumps(kwargs)],
-                        cwd=ROOT,
-                        env=variables,
-                        stdout=stdout,
-                        stderr=stderr,
-                        start_new_session=True,  # a rank's own children die with it
-                    )
-                )
         try:
+            for rank, (out, err) in enumerate(outputs):
+                variables = rank_variables(rank, world, port, env or {})
+                with out.open("w") as stdout, err.open("w") as stderr:
+                    processes.append(warm.start(target, kwargs, variables, stdout, stderr, fresh))
             failure = _wait(processes, time.monotonic() + timeout, timeout)
         finally:
             for process in processes:
@@ -71,6 +56,21 @@ def run_ranks(
             )
             raise AssertionError(f"{target} on {world} ranks: {failure}\n{shown}")
         return [out.read_text() for out, _ in outputs]
+
+
+def rank_variables(rank: int, world: int, port: int, more: dict[str, str]) -> dict[str, str]:
+    """Return the environment of a rank that a launcher starts on this host; `{rank}` in a value becomes the rank."""
+    place = warm.interpreter_variables(
+        RANK=str(rank),
+        LOCAL_RANK=str(rank),
+        WORLD_SIZE=str(world),
+        LOCAL_WORLD_SIZE=str(world),
+        MASTER_ADDR="127.0.0.1",
+        MASTER_PORT=str(port),
+        DS_ACCELERATOR="cpu",
+        OMP_NUM_THREADS="1",
+    )
+    return place | {name: value.replace("{rank}", str(rank)) for name, value in more.items()}
 
 
 def command(*arguments: str | Path, code: int = 0) -> subprocess.CompletedProcess[str]:
@@ -90,7 +90,7 @@ def free_port() -> int:
         return listener.getsockname()[1]
 
 
-def _wait(processes: list[subprocess.Popen], deadline: float, timeout: float) -> str | None:
+def _wait(processes: list[Any], deadline: float, timeout: float) -> str | None:
     """Wait for all ranks; return what went wrong first, or None."""
     while True:
         codes = [process.poll() for process in processes]
@@ -111,5 +111,4 @@ def _tail(path: Path, characters: int = 6000) -> str:
 
 
 if __name__ == "__main__":
-    module, function = sys.argv[1].split(":")
-    getattr(importlib.import_module(module), function)(**json.loads(sys.argv[2]))
+    warm.call(*sys.argv[1:])

@@ -236,7 +236,7 @@ def on_nodes(lab: Lab, scenes_base: Path, scene_shards: Path, tmp_path: Path) ->
     for run in made:
         for process in run.ranks.ranks if run.ranks else ():
             process.kill()
-            process.join()
+            process.wait()
 
 
 @pytest.mark.parametrize(

@@ -1,19 +1,16 @@
-"""Start ranks from a process that has imported everything: a second instead of ten."""
+"""Runs that a test looks at, warns or kills while they go on."""
 
-import multiprocessing
+import contextlib
 import os
 import random
 import signal
 import time
-import traceback
 from collections.abc import Callable
-from multiprocessing.process import BaseProcess
 from pathlib import Path
+from subprocess import TimeoutExpired
 
-from tests.ranks import free_port
-
-_PRELOADED = ["deepspeed", "accelerate", "peft", "transformers", "qwenvl_dist.training.run"]
-_starter = multiprocessing.get_context("forkserver")
+from tests import warm
+from tests.ranks import free_port, rank_variables
 
 
 def train(recipe: str, *overrides: str) -> None:
@@ -23,23 +20,11 @@ def train(recipe: str, *overrides: str) -> None:
     main(["train", recipe, *overrides])
 
 
-def _rank(target: Callable[..., None], arguments: tuple, variables: dict[str, str], log: str) -> None:
-    os.setsid()  # a rank's own children die with it
-    multiprocessing.set_start_method("fork", force=True)  # as in a rank that a launcher starts
-    stream = os.open(log, os.O_WRONLY | os.O_APPEND | os.O_CREAT)
-    os.dup2(stream, 1)
-    os.dup2(stream, 2)
-    os.environ.update(variables)
-    try:
-        target(*arguments)
-        os._exit(0)
-    except BaseException:
-        traceback.print_exc()
-        os._exit(1)
-
-
 class ForkedRanks:
-    """One start of a function, a picklable one, on so many ranks; what they print is added to a log."""
+    """One start of a function of a module on so many ranks; what they print is added to a log.
+
+    Its arguments must fit in JSON.
+    """
 
     def __init__(
         self,
@@ -49,23 +34,20 @@ class ForkedRanks:
         log: Path,
         env: dict[str, str] | None = None,
     ) -> None:
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")
-        _starter.set_forkserver_preload(_PRELOADED)
-        rendezvous = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port(), "OMP_NUM_THREADS": 1}
-        log.touch()  # a rank opens it only after it was forked
-        self.log, self._from = log, log.stat().st_size
-        self.ranks: list[BaseProcess] = []
-        for rank in range(world):
-            place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world, "LOCAL_WORLD_SIZE": world}
-            variables = {name: str(value) for name, value in {**rendezvous, **place, **(env or {})}.items()}
-            process = _starter.Process(target=_rank, args=(target, arguments, variables, str(log)))
-            process.start()
-            self.ranks.append(process)
+        port = free_port()
+        self.log = log
+        self.ranks = []
+        with log.open("a") as file:
+            self._from = log.stat().st_size
+            for rank in range(world):
+                variables = rank_variables(rank, world, port, env or {})
+                name = f"{target.__module__}:{target.__name__}"
+                self.ranks.append(warm.start(name, list(arguments), variables, file, file))
 
     @property
     def codes(self) -> list[int | None]:
         """Of each rank; None while it runs."""
-        return [process.exitcode for process in self.ranks]
+        return [process.poll() for process in self.ranks]
 
     def said(self) -> str:
         """What the ranks have written to the log since they were started."""
@@ -77,7 +59,8 @@ class ForkedRanks:
         """Return the exit codes; those that do not end in time are killed."""
         deadline = time.monotonic() + timeout
         for process in self.ranks:
-            process.join(max(0.0, deadline - time.monotonic()))
+            with contextlib.suppress(TimeoutExpired):
+                process.wait(max(0.0, deadline - time.monotonic()))
         codes = self.codes
         self.kill(random.Random(0))
         return codes
@@ -85,10 +68,7 @@ class ForkedRanks:
     def kill(self, chance: random.Random) -> None:
         """Send SIGKILL to all ranks and their loader workers, one rank after another."""
         for process in chance.sample(self.ranks, len(self.ranks)):
-            assert process.pid
-            try:
+            with contextlib.suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
-            except ProcessLookupError:
-                process.kill()  # it has no group of its own yet, or is gone
         for process in self.ranks:
-            process.join()
+            process.wait()

@@ -86,7 +86,7 @@ def start(tmp_path: Path, scenes_base: Path, scene_shards: Path) -> Any:
     for ranks in started:
         for process in ranks.ranks:
             process.kill()  # one that is stopped too
-            process.join()
+            process.wait()
 
 
 def wait_for_step(run: Path, step: int, ranks: ForkedRanks) -> None:
