@@ -28,6 +28,7 @@ ROOT = Path(__file__).parents[1]
 _PRELOADED = (
     "torch",
     "deepspeed",
+    "deepspeed.runtime.zero.muon.original_muon",  # every engine imports it, and torch's compiler with it
     "accelerate",
     "transformers.modeling_utils",
     "transformers.models.qwen2_vl.modeling_qwen2_vl",
