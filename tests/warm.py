@@ -20,6 +20,7 @@ import sys
 import tempfile
 import threading
 import time
+import warnings
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -41,7 +42,7 @@ _PRELOADED = (
 _READ_AT_IMPORT = (
     "ACCELERATE_LOG_LEVEL", "ACCELERATE_USE_MEGATRON_LM", "DEEPSPEED_", "DS_", "GLIBC_", "GOMP_", "HF_", "HOME",
     "HUGGINGFACE_", "KMP_", "LD_", "MALLOC_", "MKL", "NPY_", "NUMPY_", "OMP_", "ONEDNN_", "OPENBLAS_", "PILLOW_",
-    "PYTHON", "PYTORCH_", "THP_", "TORCH", "TRANSFORMERS_", "TRITON_", "XDG_",
+    "PYTHON", "PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF", "TEMP", "THP_", "TMP", "TORCH_", "TRANSFORMERS_", "XDG_",
 )  # fmt: skip
 _NUMBER = struct.Struct("q")
 _LOST = 255  # the exit code of a process whose server is gone
@@ -142,22 +143,29 @@ def start(
     Args:
         target: what to call.
         arguments: by name or in order; they must fit in JSON.
-        environment: all of the process's variables, RANK among them.
+        environment: all of the process's variables, RANK and WORLD_SIZE among them.
         stdout: an open file; the process writes on where it is.
         stderr: the same.
-        fresh: start a new interpreter. Also done where a variable that is read at import differs from the server's.
+        fresh: start a new interpreter. Also done, with a warning, where a variable that is read at import differs.
     """
     words = [target, json.dumps(arguments)]
-    number = int(environment["RANK"]) % 2
-    server = _servers.get(number)
-    if not fresh and (server is None or server.process.poll() is not None):
-        server = _servers[number] = _Server()
-    if fresh or server is None or _differ(environment, server.environment):
-        return subprocess.Popen(
-            [sys.executable, "-m", "tests.ranks", *words], cwd=ROOT, env=environment, stdout=stdout, stderr=stderr,
-            start_new_session=True,
-        )  # fmt: skip
-    return server.fork({"words": words, "environment": environment}, stdout, stderr)
+    if not fresh:
+        for number in range(
+            min(2, int(environment["WORLD_SIZE"]))
+        ):  # at once, so that both import at the same time
+            if number not in _servers or _servers[number].process.poll() is not None:
+                _servers[number] = _Server()
+        server = _servers[int(environment["RANK"]) % 2]
+        others = _differ(environment, server.environment)
+        if not others:
+            return server.fork({"words": words, "environment": environment}, stdout, stderr)
+        warnings.warn(
+            f"{target} starts afresh, which takes seconds: {', '.join(others)} differ", stacklevel=2
+        )
+    return subprocess.Popen(
+        [sys.executable, "-m", "tests.ranks", *words], cwd=ROOT, env=environment, stdout=stdout, stderr=stderr,
+        start_new_session=True,
+    )  # fmt: skip
 
 
 def interpreter_variables(**more: str) -> dict[str, str]:
@@ -174,9 +182,9 @@ def call(target: str, arguments: str) -> None:
     function(**given) if isinstance(given, dict) else function(*given)
 
 
-def _differ(left: dict[str, str], right: dict[str, str]) -> set[str]:
-    names = {name for name in {*left, *right} if name.startswith(_READ_AT_IMPORT)}
-    return {name for name in names if left.get(name) != right.get(name)}
+def _differ(left: dict[str, str], right: dict[str, str]) -> list[str]:
+    names = sorted(name for name in {*left, *right} if name.startswith(_READ_AT_IMPORT))
+    return [name for name in names if left.get(name) != right.get(name)]
 
 
 @atexit.register
@@ -185,8 +193,8 @@ def _end_servers() -> None:
         server.end()
 
 
-def _serve(control: socket.socket) -> list[str]:
-    """Fork for every request; return its words in the fork only."""
+def _serve(control: socket.socket, imported: dict[str, str]) -> list[str]:
+    """Fork for every request; return its words in the fork only. `imported` are variables that imports have set."""
     running: dict[int, tuple[int, int]] = {}  # pidfd -> process, where its exit code is due
     while True:
         ready = select.select([control, *running], [], [])[0]
@@ -222,33 +230,33 @@ def _serve(control: socket.socket) -> list[str]:
                 os.dup2(descriptor, number)
             for descriptor in handed_over:
                 os.close(descriptor)
-            return _take_over(json.loads(content))
+            request = json.loads(content)
+            _take_over(imported | request["environment"], request["words"])
+            return request["words"]
         running[os.pidfd_open(pid)] = pid, status
         os.close(stdout)
         os.close(stderr)
 
 
-def _take_over(request: dict[str, Any]) -> list[str]:
+def _take_over(environment: dict[str, str], words: list[str]) -> None:
     """Let this fork be what a new process would be."""
     import numpy as np
     import torch
 
     os.environ.clear()
-    os.environ.update(request["environment"])
+    os.environ.update(environment)
     time.tzset()
-    tempfile.tempdir = None
     np.random.seed()
     torch.default_generator.seed()
-    sys.argv[:] = [str(ROOT / "tests" / "ranks.py"), *request["words"]]
-    return request["words"]
+    sys.argv[:] = [str(ROOT / "tests" / "ranks.py"), *words]
 
 
 if __name__ == "__main__":
-    channel = socket.socket(fileno=int(sys.argv[1]))
+    channel, before = socket.socket(fileno=int(sys.argv[1])), {*os.environ}
     for name in _PRELOADED:
         importlib.import_module(name)
     sys.stdout.flush()
     sys.stderr.flush()
     gc.collect()
     gc.freeze()  # or each fork would go through all of it, and copy it, when it ends
-    call(*_serve(channel))
+    call(*_serve(channel, {name: value for name, value in os.environ.items() if name not in before}))
