@@ -6,6 +6,7 @@ import json
 import multiprocessing
 import os
 import random
+import re
 import resource
 import signal
 import subprocess
@@ -41,7 +42,7 @@ def tell(out: str, end: str = "") -> None:
         "descriptors": sorted(int(path.name) for path in Path("/proc/self/fd").iterdir() if path.exists()),
         "leads": [os.getsid(0) == os.getpid(), os.getpgrp() == os.getpid()],
         "handlers": {int(number): repr(signal.getsignal(number)) for number in signal.valid_signals()},
-        "masks": [line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("Sig")],
+        "masks": re.findall(r"Sig(?:Blk|Ign|Cgt):.*", Path("/proc/self/status").read_text()),
         "limits": [resource.getrlimit(getattr(resource, name)) for name in dir(resource) if name.startswith("RLIMIT")],
         "buffered": [sys.stdout.line_buffering, sys.stderr.line_buffering, sys.stdout.encoding],
         "multiprocessing": [repr(multiprocessing.current_process()), multiprocessing.get_start_method(allow_none=True)],
