@@ -49,7 +49,7 @@ def sets(tmp_path_factory: pytest.TempPathFactory) -> Path:
     scenes = write_scenes(folder / "scenes", 8, size=84, style="plain5", validation_count=0)["train"]
     pack(read_coco_captions(scenes, scenes.parent / "images"), folder / "captions", samples_per_shard=3)
     boxes = read_coco_instances(scenes.with_name("instances.json"), scenes.parent / "images", "both")
-    pack(boxes.samples[:18], folder / "boxes", samples_per_shard=7)
+    pack(list(boxes)[:18], folder / "boxes", samples_per_shard=7)
     pages = write_pages(folder / "drawn", 5, words=6, width=168, height=112, validation_count=0)["train"]
     pack(read_coco_captions(pages, pages.parent / "images"), folder / "pages", samples_per_shard=4)
     chats = [members_of(number, number % 4) for number in range(9)]
