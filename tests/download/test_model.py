@@ -311,6 +311,7 @@ def test_a_file_that_the_hub_lists_and_has_not_is_named_at_once(server: HubServe
 
 
 def test_ctrl_c_ends_a_download_at_once(server: HubServer, tmp_path: Path) -> None:
+    server.fail(WEIGHTS[0], "", 1)  # the question for its size is answered
     server.fail(WEIGHTS[0], "stall")
     words = [
         sys.executable,
@@ -326,7 +327,8 @@ def test_ctrl_c_ends_a_download_at_once(server: HubServer, tmp_path: Path) -> No
         words, stderr=subprocess.PIPE, text=True, cwd=ROOT, env=variables_of(server)
     ) as process:
         deadline = time.monotonic() + 60
-        while not server.count(WEIGHTS[0]) and time.monotonic() < deadline:
+        while not server.count(WEIGHTS[0]):
+            assert time.monotonic() < deadline and process.poll() is None
             time.sleep(0.1)
         time.sleep(0.5)
         process.send_signal(signal.SIGINT)
