@@ -146,6 +146,7 @@ def test_a_server_that_is_gone_takes_its_ranks_along_and_has_a_successor(tmp_pat
         time.sleep(0.05)
     before = warm._servers[0].process
     before.kill()
+    before.wait()  # its descriptors are closed a moment before it is gone
     assert rank.wait(10) == 255
     child = Path("/proc", (tmp_path / "child-0").read_text())
     while child.exists() and "\nState:\tZ" not in (child / "status").read_text():
