@@ -19,7 +19,7 @@ from typing import Any
 from qwenvl_dist.data.formats.messages import turns_of
 from qwenvl_dist.data.formats.reader import id_of, id_of_stem
 from qwenvl_dist.data.formats.sample import DEFAULT_JOIN, DEFAULT_PROMPT, Sample, caption_messages, short
-from qwenvl_dist.data.formats.turns import FormatError, TextRules, place, to_messages
+from qwenvl_dist.data.formats.turns import FormatError, TextRules, place, texts_of, to_messages
 
 SOURCE = "webdataset"
 
@@ -73,8 +73,8 @@ class TextForm:
                 raise FormatError(f"names {len(pictures)} pictures, {num_images} lie beside it")
             return messages, image_id
         value = record.get(self.caption_field)
-        captions = [text for text in (value if isinstance(value, list) else [value]) if isinstance(text, str)]
-        if len(captions) != (len(value) if isinstance(value, list) else 1):
+        captions = texts_of(value)
+        if captions is None:
             raise FormatError(
                 f"has {short(value)} for {self.caption_field!r}: it must be a caption, or a list of them"
             )

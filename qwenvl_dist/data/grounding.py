@@ -16,7 +16,7 @@ from PIL import Image
 
 from qwenvl_dist.data.boxes import MARKS, NamedBox, clean_name, on_grid, write_name, write_objects
 from qwenvl_dist.data.formats import ImageRef, PackInput, Sample, caption_messages
-from qwenvl_dist.data.formats.coco import CocoFileReader, Row
+from qwenvl_dist.data.formats.coco import IS_ANNOTATED, CocoFileReader, Row
 from qwenvl_dist.data.formats.sample import is_unicode, short
 from qwenvl_dist.errors import UserError
 
@@ -151,9 +151,7 @@ class GroundingReader(CocoFileReader):
         return category, bool(annotation.get("iscrowd")), *map(float, box)
 
     def _finish(self) -> int:
-        (num_silent,) = self._one(
-            "SELECT count(*) FROM images WHERE NOT EXISTS (SELECT 1 FROM annotations WHERE image_id = images.id)"
-        )
+        (num_silent,) = self._one(f"SELECT count(*) FROM images WHERE NOT {IS_ANNOTATED}")
         self._left_out = Counter({"pictures without annotations": num_silent})
         # Headers are read once: where boxes lie in a picture is noted for its samples.
         self.spill.execute("CREATE TABLE places (image_id NOT NULL PRIMARY KEY, width, height, turn)")

@@ -90,100 +90,98 @@ def pack(
     files, all of them. A disk that is full or cannot be written to is a `CheckFailed`.
     """
     captions = captions or PackedCaptions()
+    with _full_disk_told(out):
+        if is_remote(out):
+            if part is not None:
+                raise UserError(
+                    f"--out {out}: a part is packed into a folder that all parts share, not to a URL"
+                )
+            with TemporaryDirectory(prefix="qwenvl-dist-") as folder:
+                target = _open_target(str(out))
+                local = Path(folder, "shards")
+                report = pack(
+                    samples, local, samples_per_shard=samples_per_shard, workers=workers, skip_bad=skip_bad,
+                    packing=packing, captions=captions, advance=advance,
+                )  # fmt: skip
+                return _publish(report, local, target)
+        if samples_per_shard < 1:
+            raise UserError(f"--samples-per-shard {samples_per_shard}: must be at least 1")
+        if workers < 1:
+            raise UserError(f"--workers {workers}: must be at least 1")
+        out = Path(out)
+        if out.exists() and not out.is_dir():
+            raise UserError(
+                f"{out}: is a file; --out must be a new folder or one that was packed from this input"
+            )
+        finished = Manifest.load(out) if (out / MANIFEST_NAME).exists() else None
+        if not len(samples):  # faults of the input come up here, before a folder is made
+            raise UserError(f"{out}: nothing to pack, the input holds no sample")
+        unusable: list[Skipped] = []
+        if isinstance(samples, SampleReader):
+            unusable = [Skipped(*found) for found in samples.unusable]
+        else:
+            _check_keys(samples)
+        if finished is not None:
+            num_shards = -(-len(samples) // samples_per_shard)
+            skipped = _unchanged(finished, num_shards, out, _tasks(samples, out, samples_per_shard, skip_bad))
+            if skipped is not None:
+                advance(len(samples))
+                if finished.captions != captions:
+                    finished = replace(finished, captions=captions)
+                    finished.write(out)
+                return PackReport(finished, 0, len(finished.shards), unusable + skipped)
+        elif out.is_dir() and not (out / UNFINISHED_NAME).exists():
+            others = sorted(path.name for path in out.iterdir())
+            if others:
+                raise UserError(
+                    f"{out}: holds other data ({', '.join(others[:3])}); --out must be a new or empty folder"
+                )
+
+        try:
+            out.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(
+                f"{out}: cannot be written ({error.strerror or error}); choose another --out"
+            ) from None
+        _import_tar_writer()  # once, before the workers fork
+        tasks = _tasks(samples, out, samples_per_shard, skip_bad)
+        if part is not None:
+            return _pack_part(itertools.islice(tasks, part[0], None, part[1]), out, part, workers, advance)
+        with locked(out / UNFINISHED_NAME):
+            results = _pack_shards(tasks, workers, advance)
+            skipped = [*unusable, *(bad for result in results for bad in result.skipped)]
+            notes = {**(packing or {}), "samples_per_shard": samples_per_shard}
+            manifest = Manifest(
+                [result.entry for result in results],
+                {**notes, "skipped": [vars(bad) for bad in skipped]},
+                captions=captions,
+            )
+            if finished is not None and finished.fingerprint != manifest.fingerprint:
+                raise UserError(
+                    f"{out}: holds damaged shards: verify it, remove those it names, and pack again"
+                )
+            ours = {shard.name for shard in manifest.shards}
+            for tar in sorted(out.glob("*.tar")):
+                if tar.name not in ours:
+                    raise _other_input(out, f"{tar.name} is there, the input ends before it")
+            for leftover in (*out.glob("shard-*.tmp"), *out.glob(PART_LOCK.format("*", "*"))):
+                leftover.unlink()
+            manifest.write(out)
+            (out / UNFINISHED_NAME).unlink()
+        kept = sum(result.kept for result in results)
+        return PackReport(manifest, len(results) - kept, kept, skipped)
+
+
+@contextmanager
+def _full_disk_told(out: str | Path) -> Iterator[None]:
+    """Let a disk that is full or cannot be written to be a `CheckFailed`."""
     try:
-        return _pack(samples, out, samples_per_shard, workers, skip_bad, packing, captions, part, advance)
+        yield
     except OSError as error:
         raise CheckFailed(
             f"{error.filename or out}: {error.strerror or error}: once that is mended, the same command goes on "
             "where it stopped"
         ) from None
-
-
-def _pack(
-    samples: Sequence[Sample] | SampleReader,
-    out: str | Path,
-    samples_per_shard: int,
-    workers: int,
-    skip_bad: bool,
-    packing: dict[str, Any] | None,
-    captions: PackedCaptions,
-    part: tuple[int, int] | None,
-    advance: Callable[[int], None],
-) -> PackReport:
-    """As `pack`. Raises OSError too."""
-    if is_remote(out):
-        if part is not None:
-            raise UserError(f"--out {out}: a part is packed into a folder that all parts share, not to a URL")
-        with TemporaryDirectory(prefix="qwenvl-dist-") as folder:
-            target = _open_target(str(out))
-            local = Path(folder, "shards")
-            report = pack(
-                samples, local, samples_per_shard=samples_per_shard, workers=workers, skip_bad=skip_bad,
-                packing=packing, captions=captions, advance=advance,
-            )  # fmt: skip
-            return _publish(report, local, target)
-    if samples_per_shard < 1:
-        raise UserError(f"--samples-per-shard {samples_per_shard}: must be at least 1")
-    if workers < 1:
-        raise UserError(f"--workers {workers}: must be at least 1")
-    out = Path(out)
-    if out.exists() and not out.is_dir():
-        raise UserError(
-            f"{out}: is a file; --out must be a new folder or one that was packed from this input"
-        )
-    finished = Manifest.load(out) if (out / MANIFEST_NAME).exists() else None
-    if not len(samples):  # faults of the input come up here, before a folder is made
-        raise UserError(f"{out}: nothing to pack, the input holds no sample")
-    if not isinstance(samples, SampleReader):
-        _check_keys(samples)
-    unusable = [Skipped(*found) for found in samples.unusable] if isinstance(samples, SampleReader) else []
-    if finished is not None:
-        num_shards = -(-len(samples) // samples_per_shard)
-        skipped = _unchanged(finished, num_shards, out, _tasks(samples, out, samples_per_shard, skip_bad))
-        if skipped is not None:
-            advance(len(samples))
-            if finished.captions != captions:
-                finished = replace(finished, captions=captions)
-                finished.write(out)
-            return PackReport(finished, 0, len(finished.shards), unusable + skipped)
-    elif out.is_dir() and not (out / UNFINISHED_NAME).exists():
-        others = sorted(path.name for path in out.iterdir())
-        if others:
-            raise UserError(
-                f"{out}: holds other data ({', '.join(others[:3])}); --out must be a new or empty folder"
-            )
-
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(
-            f"{out}: cannot be written ({error.strerror or error}); choose another --out"
-        ) from None
-    _import_tar_writer()  # once, before the workers fork
-    tasks = _tasks(samples, out, samples_per_shard, skip_bad)
-    if part is not None:
-        return _pack_part(itertools.islice(tasks, part[0], None, part[1]), out, part, workers, advance)
-    with locked(out / UNFINISHED_NAME):
-        results = _pack_shards(tasks, workers, advance)
-        skipped = [*unusable, *(bad for result in results for bad in result.skipped)]
-        notes = {**(packing or {}), "samples_per_shard": samples_per_shard}
-        manifest = Manifest(
-            [result.entry for result in results],
-            {**notes, "skipped": [vars(bad) for bad in skipped]},
-            captions=captions,
-        )
-        if finished is not None and finished.fingerprint != manifest.fingerprint:
-            raise UserError(f"{out}: holds damaged shards: verify it, remove those it names, and pack again")
-        ours = {shard.name for shard in manifest.shards}
-        for tar in sorted(out.glob("*.tar")):
-            if tar.name not in ours:
-                raise _other_input(out, f"{tar.name} is there, the input ends before it")
-        for leftover in (*out.glob("shard-*.tmp"), *out.glob(PART_LOCK.format("*", "*"))):
-            leftover.unlink()
-        manifest.write(out)
-        (out / UNFINISHED_NAME).unlink()
-    kept = sum(result.kept for result in results)
-    return PackReport(manifest, len(results) - kept, kept, skipped)
 
 
 def _pack_part(

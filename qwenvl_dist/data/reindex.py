@@ -15,6 +15,7 @@ from pathlib import Path
 from qwenvl_dist.data.captions import CaptionsMode, PackedCaptions
 from qwenvl_dist.data.foreign import TextForm, prefix_of
 from qwenvl_dist.data.formats import TextRules, parse_sample_json
+from qwenvl_dist.data.formats.messages import CAPTION_FIELDS
 from qwenvl_dist.data.index import (
     FEATURES,
     FEATURES_RECORD,
@@ -38,7 +39,6 @@ from qwenvl_dist.data.storage import LocalFile, is_remote
 from qwenvl_dist.errors import UserError
 from qwenvl_dist.files import fsync, sha256_of
 
-CAPTION_FIELDS = ("caption", "captions", "text")
 _COMPRESSED = re.compile(r"\.(tar\.(gz|bz2|xz|zst|lz4)|tgz|tbz2?|txz)$")
 PENDING = ".new"  # behind an index file's name until all shards are found good
 

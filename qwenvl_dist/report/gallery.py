@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from qwenvl_dist.data.captions import DEFAULT_JOIN
 from qwenvl_dist.errors import UserError
 from qwenvl_dist.report.folder import Record, RunFolder
 
@@ -55,7 +56,7 @@ def make_gallery(run: RunFolder, most_photos: int) -> Gallery | None:
     others = [] if ranked else rows[:most_photos]
     pictures, missing = _pictures(run, [*worst, *best, *others])
     before = {str(row.get("key")): row for row in run.base_generations}
-    mark = run.setting("data", "caption_mark") or "&&"
+    mark = run.setting("data", "caption_mark") or DEFAULT_JOIN
 
     def cards(chosen: Sequence[Record]) -> list[Card]:
         return [_card(row, before.get(str(row.get("key"))), pictures, mark) for row in chosen]

@@ -77,7 +77,8 @@ class DataIdentity:
 
     def changed_from(self, data: dict[str, Any]) -> str | None:
         """Return the first thing that differs in the data part of a checkpoint's manifest, None where nothing does."""
-        before = data.get("sources", {})  # checkpoints of before have none
+        data = {"captions": self.captions, "sources": {}, **data}  # checkpoints of before do not have them
+        before = data["sources"]
         for name in sorted({*before, *self.sources}):
             if name not in before or name not in self.sources:
                 return f"the mixture had {_names(before)} and now has {_names(self.sources)}"
@@ -85,7 +86,7 @@ class DataIdentity:
                 if before[name][key] != value:
                     return f"{key.replace('_', ' ')} of {name} was {before[name][key]} and is now {value}"
         for key, value in vars(self).items():
-            if key != "sources" and data.get(key, value) != value:  # checkpoints of before lack captions
+            if key != "sources" and data[key] != value:
                 return f"data {key} was {data[key]} and is now {value}"
         return None
 

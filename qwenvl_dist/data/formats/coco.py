@@ -31,6 +31,7 @@ from qwenvl_dist.errors import CheckFailed, UserError
 
 SPILL_CACHE_KIB = 8 * 1024
 Row = tuple[Any, ...]
+IS_ANNOTATED = "EXISTS (SELECT 1 FROM annotations WHERE image_id = images.id)"
 
 
 class CocoFileReader(SampleReader):
@@ -223,10 +224,7 @@ class CocoFileReader(SampleReader):
 
     def _annotated(self, columns: str) -> Iterator[Row]:
         """Yield columns of the pictures that have annotations, in the order of their ids."""
-        return self.spill.execute(
-            f"SELECT {columns} FROM images WHERE EXISTS (SELECT 1 FROM annotations WHERE image_id = images.id) "
-            "ORDER BY id"
-        )
+        return self.spill.execute(f"SELECT {columns} FROM images WHERE {IS_ANNOTATED} ORDER BY id")
 
     def _annotations_of(self, image_id: int | str) -> Iterator[Row]:
         """Yield the values of `annotation_columns` of a picture's annotations, in the file's order."""
@@ -249,22 +247,19 @@ class CocoReader(CocoFileReader):
     annotation_columns = ("text",)
 
     def _annotation_values(self, annotation: dict[str, Any], where: str, image_id: int | str) -> Row | None:
-        where, caption = f"{where}, of image {image_id},", annotation.get("caption")
+        where, caption = f"{where}, of image {image_id}", annotation.get("caption")
         try:
             if not isinstance(caption, str):
                 raise FormatError(f"is {short(annotation)}: it needs a 'caption'; {self.form}")
             return (self.rules.caption(caption),)
         except FormatError as error:
             if not self.given.allow_missing:
-                raise UserError(f"{where} {error}") from None
-            self.unusable.append((where.rstrip(","), str(error)))
+                raise UserError(f"{where}, {error}") from None
+            self.unusable.append((where, str(error)))
             return None
 
     def _finish(self) -> int:
-        silent = self.spill.execute(
-            "SELECT id, name FROM images WHERE NOT EXISTS (SELECT 1 FROM annotations WHERE image_id = images.id) "
-            "ORDER BY number"
-        )
+        silent = self.spill.execute(f"SELECT id, name FROM images WHERE NOT {IS_ANNOTATED} ORDER BY number")
         for image_id, name in silent:
             where = f"{self.file}: image {image_id} ({name!r})"
             if not self.given.allow_missing:
@@ -273,7 +268,7 @@ class CocoReader(CocoFileReader):
                     "'images', or leave such images out with --skip-bad"
                 )
             self.unusable.append((where, "has no caption"))
-        count = sum(1 for _ in self._annotated("id"))
+        (count,) = self._one(f"SELECT count(*) FROM images WHERE {IS_ANNOTATED}")
         if not count:
             raise UserError(f"{self.file}: no image has a caption that can be used; {self.form}")
         return count

@@ -23,7 +23,7 @@ from typing import Any
 from qwenvl_dist.data.formats.conversations import from_value, refuse_other_media, system_turn
 from qwenvl_dist.data.formats.reader import Draft, FileReader, id_of, need_list, need_object
 from qwenvl_dist.data.formats.sample import caption_messages, short
-from qwenvl_dist.data.formats.turns import FormatError, Named, Part, Turn, role_of, split_marks
+from qwenvl_dist.data.formats.turns import FormatError, Named, Part, Turn, role_of, split_marks, texts_of
 
 EXAMPLE = '{"messages": [{"role": "user", "content": ...}, {"role": "assistant", "content": ...}]}'
 IMAGE_FIELDS = ("images", "image", "image_path", "file_name")
@@ -122,9 +122,8 @@ def captions_of(record: dict[str, Any]) -> list[str] | None:
     name = next((name for name in CAPTION_FIELDS if name in record), None)
     if name is None:
         return None
-    found = record[name] if isinstance(record[name], list) else [record[name]]
-    captions = [text for text in found if isinstance(text, str)]
-    if len(captions) != len(found):
+    captions = texts_of(record[name])
+    if captions is None:
         raise FormatError(f"has {short(record[name])} for {name!r}: it must be a caption, or a list of them")
     return captions
 

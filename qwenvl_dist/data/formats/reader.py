@@ -38,9 +38,8 @@ class SampleReader(ABC):
 
     def __init__(self, given: PackInput) -> None:
         self.given, self.rules = given, given.rules
-        self.unusable: list[
-            tuple[str, str]
-        ] = []  # where a record stands that cannot be used, and why; with --skip-bad
+        # With --skip-bad: where a record stands that cannot be used, and why.
+        self.unusable: list[tuple[str, str]] = []
         self._count: int | None = None
 
     @abstractmethod

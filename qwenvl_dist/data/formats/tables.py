@@ -19,7 +19,7 @@ from qwenvl_dist.data.formats.messages import ANSWERS, QUESTIONS, pairs_of, turn
 from qwenvl_dist.data.formats.pictures import Pictures
 from qwenvl_dist.data.formats.reader import Draft, PackInput, RecordReader, id_of, id_of_stem, stem_of
 from qwenvl_dist.data.formats.sample import Picture, caption_messages, short
-from qwenvl_dist.data.formats.turns import FormatError, expand, place, to_messages
+from qwenvl_dist.data.formats.turns import FormatError, expand, place, texts_of, to_messages
 from qwenvl_dist.data.storage import is_remote
 from qwenvl_dist.errors import UserError
 
@@ -73,8 +73,9 @@ class TableReader(RecordReader):
         self.pictures = Pictures(given.images, self.files[0].path, given.allow_missing)
 
     def _records(self) -> Iterator[Record]:
-        texts = self.asked or [self.text]
-        wanted = [name for name in (*texts, *ID_COLUMNS) if name in self.files[0].schema.names]
+        wanted = [
+            name for name in (*(self.asked or [self.text]), *ID_COLUMNS) if name in self.files[0].schema.names
+        ]
         for file in self.files:
             row = 0
             for group in range(file.num_groups):
@@ -83,18 +84,12 @@ class TableReader(RecordReader):
                 first = row
                 for batch in texts.to_batches(ROWS_AT_ONCE):
                     for values in batch.to_pylist():
-                        where = f"{file.path}: row {row}"
-                        try:
-                            found = [] if images is None else images.of_row(row - first, self.pictures)
-                        except FormatError as error:
-                            found = error
-                        yield Record(where, (values, found))
+                        yield Record(f"{file.path}: row {row}", (values, images, row - first))
                         row += 1
 
     def _draft(self, value: Any) -> Draft:
-        row, images = value
-        if isinstance(images, FormatError):
-            raise images
+        row, group, place_in_group = value
+        images = [] if group is None else group.of_row(place_in_group, self.pictures)
         text = None if self.asked else row[self.text]
         if isinstance(
             text, dict
@@ -117,9 +112,8 @@ class TableReader(RecordReader):
             return Draft(messages, pictures, own_id, image_id)
         if self.image is not None and not images:
             raise FormatError(f"has no picture in {self.image!r}: drop the row")
-        given = text if isinstance(text, list) else [text]
-        captions = [caption for caption in given if isinstance(caption, str)]
-        if len(captions) != len(given):
+        captions = texts_of(text)
+        if captions is None:
             raise FormatError(f"has {short(text)} in {self.text!r}: it must be a text, or a list of them")
         answer = self.rules.captions(captions)
         if image_id is None and images:

@@ -98,6 +98,12 @@ def check_text(text: str) -> None:
             )
 
 
+def texts_of(value: Any) -> list[str] | None:
+    """Return a text, or a list of them, as a list; None for anything else."""
+    texts = value if isinstance(value, list) else [value]
+    return texts if all(isinstance(text, str) for text in texts) else None
+
+
 def split_marks(text: str) -> list[Part]:
     """Return the pieces of a text between the marks of pictures."""
     parts: list[Part] = []
