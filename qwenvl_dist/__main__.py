@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 from qwenvl_dist.errors import CheckFailed, UserError
+from qwenvl_dist.leaving import run_and_leave
 from qwenvl_dist.logs import place
 from qwenvl_dist.outcome import Outcome, reason_of
 
@@ -101,5 +102,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         _end(reason_of(error), 1, alike=False)
 
 
+def run() -> NoReturn:
+    """Run the command of this process's command line and end the process."""
+    run_and_leave(main)
+
+
 if __name__ == "__main__":
-    sys.exit(main())
+    run()

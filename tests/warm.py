@@ -1,7 +1,7 @@
 """Start ranks from a process that has imported everything: a moment instead of six seconds of a core each.
 
 `start` gives a process with what subprocess.Popen would have given it: its own session, environment, standard streams,
-arguments, random numbers and signal handlers, and the end of an ordinary interpreter. What the libraries look at once,
+arguments, random numbers and signal handlers, and the end of a command. What the libraries look at once,
 when they are imported, is that of the server: where a rank is to see something else there, it starts afresh.
 """
 
@@ -22,7 +22,9 @@ import threading
 import time
 import warnings
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any, NoReturn, TextIO
+
+from qwenvl_dist.leaving import run_and_leave
 
 ROOT = Path(__file__).parents[1]
 # Not peft: with it torch allocates its first tensor, and what THP_MEM_ALLOC_ENABLE is then holds for ever.
@@ -174,12 +176,16 @@ def interpreter_variables(**more: str) -> dict[str, str]:
     return {**os.environ, "PYTHONPATH": path, **more}
 
 
-def call(target: str, arguments: str) -> None:
-    """Call `module:function` with arguments in JSON."""
-    module, function = target.split(":")
+def call(target: str, arguments: str) -> NoReturn:
+    """Call `module:function` with arguments in JSON, and end this process as a command ends."""
+    module, name = target.split(":")
     given = json.loads(arguments)
-    function = getattr(importlib.import_module(module), function)
-    function(**given) if isinstance(given, dict) else function(*given)
+
+    def work() -> None:
+        function = getattr(importlib.import_module(module), name)
+        function(**given) if isinstance(given, dict) else function(*given)
+
+    run_and_leave(work)
 
 
 def _differ(left: dict[str, str], right: dict[str, str]) -> list[str]:
