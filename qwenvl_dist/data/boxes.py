@@ -113,6 +113,16 @@ def _steps(low: float, high: float) -> tuple[int, int]:
     return first, last
 
 
+def is_number(value: object) -> bool:
+    """Tell whether a value out of JSON is a finite number that fits into a float."""
+    if not isinstance(value, int | float) or isinstance(value, bool):
+        return False
+    try:
+        return math.isfinite(value)
+    except OverflowError:
+        return False
+
+
 def write_objects(objects: Sequence[NamedBox]) -> str:
     """Return the text of objects in their order; a name that follows itself is written once."""
     text = ""

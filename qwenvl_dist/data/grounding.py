@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import math
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator
@@ -12,40 +11,19 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from PIL import Image
-
-from qwenvl_dist.data.boxes import MARKS, NamedBox, clean_name, on_grid, write_name, write_objects
+from qwenvl_dist.data.boxes import MARKS, NamedBox, clean_name, is_number, on_grid, write_name, write_objects
 from qwenvl_dist.data.formats import ImageRef, PackInput, Sample, caption_messages
 from qwenvl_dist.data.formats.coco import IS_ANNOTATED, CocoFileReader, Row
+from qwenvl_dist.data.formats.headers import READS_AT_A_TIME, Header, read_header
 from qwenvl_dist.data.formats.sample import is_unicode, short
 from qwenvl_dist.errors import UserError
 
 TASKS = ("name_to_boxes", "all_objects", "both")
 FIND_PROMPT = "Find {name}."
 ALL_PROMPT = "Find all objects."
-HEADER_BYTES = 1 << 17  # of a JPEG: where its size and EXIF stand
-READS_AT_A_TIME = 16
 PICTURES_AT_ONCE = 512  # that are waiting to be read
 MAX_STEM_CHARACTERS, MAX_CATEGORY_CHARACTERS = 60, 18  # a key is STEM-cCATEGORY
-EXIF_ORIENTATION = 0x0112
 ASPECT_TOLERANCE = 0.01
-
-
-@dataclass(frozen=True)
-class _Header:
-    """A picture's size as it is stored, and its EXIF orientation."""
-
-    width: int
-    height: int
-    orientation: int
-
-    @property
-    def is_quarter_turned(self) -> bool:
-        return self.orientation in (5, 6, 7, 8)
-
-    @property
-    def upright(self) -> tuple[int, int]:
-        return (self.height, self.width) if self.is_quarter_turned else (self.width, self.height)
 
 
 class GroundingReader(CocoFileReader):
@@ -132,7 +110,7 @@ class GroundingReader(CocoFileReader):
     def _image_values(self, image: dict[str, Any], where: str) -> Row:
         sides = [image[name] for name in ("width", "height") if image.get(name) is not None]
         for side in sides:
-            if not (_is_number(side) and side > 0):
+            if not (is_number(side) and side > 0):
                 raise UserError(
                     f"{where} has a width or height of {short(side)}: it must be above 0; mend it or leave it out"
                 )
@@ -144,7 +122,7 @@ class GroundingReader(CocoFileReader):
             raise UserError(
                 f"{where} has category_id {category!r}, which 'categories' does not list: add it there or drop it"
             )
-        if not (isinstance(box, list) and len(box) == 4 and all(map(_is_number, box))):
+        if not (isinstance(box, list) and len(box) == 4 and all(map(is_number, box))):
             raise UserError(
                 f"{where} has bbox {short(box)}: it must be [x, y, width, height] in pixels; mend or drop it"
             )
@@ -171,14 +149,14 @@ class GroundingReader(CocoFileReader):
         with ThreadPoolExecutor(READS_AT_A_TIME) as pool:
             while some := list(islice(pictures, PICTURES_AT_ONCE)):
                 refs = [self._picture(name) for _, name, _, _ in some]
-                headers = pool.map(_read_header, refs)
+                headers = pool.map(read_header, refs)
                 for (image_id, _, *size), ref, header in zip(some, refs, headers, strict=True):
                     place = _placement(size[0], size[1], header)
                     if place is None:
                         self._leave_out(ref, size, header)
                     yield image_id, place
 
-    def _leave_out(self, ref: ImageRef, size: list[Any], header: _Header | None) -> None:
+    def _leave_out(self, ref: ImageRef, size: list[Any], header: Header | None) -> None:
         """Count a picture in which boxes have no place; `UserError` unless it may be left out."""
         if header is None:  # and the annotations have no size
             if not self.given.allow_missing:
@@ -276,7 +254,7 @@ class _Placement:
         return y1, w - x2, y2, w - x1, h, w  # 8: a quarter counter-clockwise
 
 
-def _placement(width: float | None, height: float | None, header: _Header | None) -> _Placement | None:
+def _placement(width: float | None, height: float | None, header: Header | None) -> _Placement | None:
     """Return how boxes lie in the upright picture; None when picture and annotations have different shapes."""
     if width is None or height is None:
         return None if header is None else _Placement(*header.upright)
@@ -290,28 +268,6 @@ def _placement(width: float | None, height: float | None, header: _Header | None
 def _same_shape(annotated: tuple[float, float], real: tuple[int, int]) -> bool:
     """Tell whether one is the other, maybe at another scale."""
     return math.isclose(annotated[0] * real[1], annotated[1] * real[0], rel_tol=ASPECT_TOLERANCE)
-
-
-def _read_header(ref: ImageRef) -> _Header | None:
-    """Return what a picture's header says; None when it cannot be read, which the packer will say."""
-    try:
-        if ref.storage is None:
-            with ref.path.open("rb") as file:
-                data = file.read(HEADER_BYTES)
-        else:
-            (data,) = ref.storage.open(str(ref.path)).read_ranges([(0, HEADER_BYTES)])
-        header = _parse_header(data) if data.startswith(b"\xff\xd8") else None
-        return header or _parse_header(ref.read())  # other formats may have EXIF at their end
-    except OSError:
-        return None
-
-
-def _parse_header(data: bytes) -> _Header | None:
-    try:
-        with Image.open(io.BytesIO(data)) as image:
-            return _Header(*image.size, orientation=image.getexif().get(EXIF_ORIENTATION, 1))
-    except Exception:  # Pillow's parsers raise whatever a damaged header leads them to
-        return None
 
 
 def _objects(
@@ -342,13 +298,3 @@ def _order(each: NamedBox) -> tuple[str, int, int, int, int]:
 
 def _is_int(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
-
-
-def _is_number(value: object) -> bool:
-    """Tell whether a value is a number that fits into a float."""
-    if not isinstance(value, int | float) or isinstance(value, bool):
-        return False
-    try:
-        return math.isfinite(value)
-    except OverflowError:
-        return False

@@ -144,7 +144,7 @@ def test_crowds_of_another_form_are_a_fault(content: Content, tmp_path: Path, cr
     ),  # what is not turned by a quarter has one size: its boxes are the upright picture's
     [*(("upright", n) for n in range(1, 9)), *(("stored", n) for n in range(5, 9))],
 )
-@pytest.mark.parametrize("kind", ["jpg", "png", "webp"])
+@pytest.mark.parametrize("kind", ["jpg", "png", "webp", "tif"])
 def test_boxes_turn_as_the_picture_does(tmp_path: Path, orientation: int, annotated: str, kind: str) -> None:
     """A red block on white; the box must enclose it in what `decode` gives to the model."""
     stored = Image.new("RGB", (200, 100), "white")
