@@ -17,6 +17,7 @@ from pathlib import PurePosixPath
 from typing import Any
 
 from qwenvl_dist.data.formats.messages import turns_of
+from qwenvl_dist.data.formats.objects import objects_of, texts_in
 from qwenvl_dist.data.formats.reader import id_of, id_of_stem
 from qwenvl_dist.data.formats.sample import DEFAULT_JOIN, DEFAULT_PROMPT, Sample, caption_messages, short
 from qwenvl_dist.data.formats.turns import FormatError, TextRules, place, texts_of, to_messages
@@ -58,7 +59,7 @@ class TextForm:
 
     def _read(self, data: bytes, num_images: int) -> tuple[list[dict[str, Any]], int | str | None]:
         if self.member != "json":
-            return self._caption([data.decode("utf-8-sig")], num_images), None
+            return _filled(self._caption([data.decode("utf-8-sig")], num_images), None, num_images), None
         try:
             record = json.loads(data)
         except RecursionError:
@@ -71,14 +72,14 @@ class TextForm:
             messages, pictures = to_messages(turns, self._rules)
             if len(pictures) != num_images:
                 raise FormatError(f"names {len(pictures)} pictures, {num_images} lie beside it")
-            return messages, image_id
+            return _filled(messages, record.get("objects"), num_images), image_id
         value = record.get(self.caption_field)
         captions = texts_of(value)
         if captions is None:
             raise FormatError(
                 f"has {short(value)} for {self.caption_field!r}: it must be a caption, or a list of them"
             )
-        return self._caption(captions, num_images), image_id
+        return _filled(self._caption(captions, num_images), record.get("objects"), num_images), image_id
 
     def _caption(self, captions: list[str], num_images: int) -> list[dict[str, Any]]:
         if not num_images:
@@ -86,6 +87,19 @@ class TextForm:
                 "is the caption of a picture, none lies beside it: a member jpg, png, webp, gif, bmp or tif"
             )
         return caption_messages(self.prompt, self._rules.captions(captions), num_images)
+
+
+def _filled(messages: list[dict[str, Any]], given: Any, num_images: int) -> list[dict[str, Any]]:
+    """Return the messages with names and boxes in their places. Raises FormatError."""
+    objects = objects_of(given, texts_in(messages), num_images)
+    if objects is None:
+        return messages
+    if objects.measured:  # an index has no EXIF, and a text is read without its pictures
+        raise FormatError(
+            "has boxes in pixels in 'objects', which cannot be filled in where shards are indexed in place: write "
+            'shares of the sides and "bbox_type": "norm1", or pack the records with `shards pack --source messages`'
+        )
+    return objects.fill(messages, [f"picture {number}" for number in range(num_images)], [])
 
 
 def texts_of_shard(texts: dict[str, Any] | None, shard: str) -> TextForm | None:

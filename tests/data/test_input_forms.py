@@ -389,7 +389,7 @@ def test_a_faulty_json_is_one_line(folder: Path, content: str, words: str, remed
         (
             "messages",
             {"query": "<ref-object>?", "response": "<bbox>", "objects": {"ref": ["a"]}},
-            ["'objects'"],
+            ["0 in objects.bbox"],
         ),
         ("messages", {"query": "?", "response": "x", "audios": ["a.mp3"]}, ["'audios'", "drop the record"]),
         (

@@ -1,5 +1,7 @@
 """Memory while packing does not grow with the annotation file."""
 
+import base64
+import io
 import json
 import subprocess
 import sys
@@ -7,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 from tests.ranks import ROOT
 
@@ -70,6 +73,16 @@ def messages(count: int) -> str:
     return "\n".join(json.dumps({"messages": said, "id": n}) for n in range(count))
 
 
+def boxes_in_pixels(count: int) -> str:
+    """One box in each picture, which is in the record itself."""
+    stream = io.BytesIO()
+    Image.new("RGB", (8, 8)).save(stream, "PNG")
+    image = "data:image/png;base64," + base64.b64encode(stream.getvalue()).decode()
+    turns = [{"from": "human", "value": WORDS}, {"from": "gpt", "value": "<bbox>"}]
+    record = {"image": image, "conversations": turns, "objects": {"bbox": [[1, 2, 3, 4]]}}
+    return json.dumps([record] * count)
+
+
 def captions_csv(count: int) -> str:
     return "image_path,caption\n" + "".join(f'{n}.jpg,"{WORDS}"\n' for n in range(count))
 
@@ -91,6 +104,7 @@ def peak_bytes(source: str, path: Path, images: Path, count: int) -> int:
         ("grounding", instances),
         ("grounding", one_large_outline),
         ("llava", llava),
+        ("llava", boxes_in_pixels),
         ("messages", messages),
         ("csv", captions_csv),
     ],

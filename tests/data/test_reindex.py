@@ -127,6 +127,27 @@ def test_jpg_and_json_by_caption_field_or_conversation(tmp_path: Path) -> None:
         assert verify(folder).bad == []
 
 
+def test_shares_beside_a_conversation_are_filled_in_and_pixels_refused(tmp_path: Path) -> None:
+    turns = [{"from": "human", "value": "<image>Find the <ref-object>."}, {"from": "gpt", "value": "<bbox>"}]
+
+    def write(objects: Any) -> Path:
+        record = {"conversations": turns, "objects": {"ref": ["dog"], **objects}}
+        return write_tar(tmp_path / "a.tar", {"one": {"jpg": jpeg(1), "json": json.dumps(record).encode()}})
+
+    tar = write({"bbox": [[1, 2, 5, 9]]})
+    with pytest.raises(UserError, match=r"one: json: has boxes in pixels in 'objects'.*shards pack"):
+        index(tmp_path)
+    assert list(tmp_path.iterdir()) == [tar]
+    write({"bbox": [[0.1, 0.2, 0.5, 1]], "bbox_type": "norm1"})
+    index(tmp_path)
+    (found,) = messages(tmp_path).values()
+    assert [part.get("text") for message in found for part in message["content"]] == [
+        None,
+        "Find the <|object_ref_start|>dog<|object_ref_end|>.",
+        "<|box_start|>(100,200),(500,999)<|box_end|>",
+    ]
+
+
 def test_text_alone_and_several_pictures(tmp_path: Path) -> None:
     said = {"messages": [{"role": "user", "content": "?"}, {"role": "assistant", "content": "x"}]}
     two = {"messages": [{"role": "user", "content": "<image><image>?"}, said["messages"][1]]}
@@ -176,6 +197,7 @@ def broken(**changes: Any) -> Any:
         (broken(jpg=b"no picture"), "two: not a readable picture"),
         (broken(txt=b" \n"), "two: txt: has an empty caption"),
         (broken(txt=b"\xff"), "two: txt: 'utf-8' codec"),
+        (broken(txt=b"A <bbox>."), "two: txt: has <bbox> in a text and no 'objects'"),
         (lambda samples: samples["two"].pop("txt"), "two: txt: missing member"),
         (
             lambda samples: samples["two"].pop("jpg"),

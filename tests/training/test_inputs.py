@@ -59,7 +59,7 @@ def test_every_example_packs_and_trains(
                 assert Manifest.load(out).packing["source"] == source in READERS
             elif words[1] == "index":
                 packed["wds"] = Path(words[2]).absolute()
-    assert len(packed) == len(READERS) + 2  # one is read from two places, one is indexed
+    assert len(packed) == len(READERS) + 3  # two are read from two places, one is indexed
 
     recipes = [
         write_recipe(

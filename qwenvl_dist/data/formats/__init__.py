@@ -6,6 +6,7 @@ docs/data.md, and an entry in tests/data/test_every_format.py, which wants the s
 annotations  the files, as streams of records       sample  what comes out, and its form in a shard
 pictures     names -> where the bytes are           turns   texts and roles of all formats -> messages
 reader       looks at the whole input first, chooses keys
+headers      sizes of pictures, upright             objects names and boxes beside a text -> their places in it
 """
 
 from collections.abc import Callable

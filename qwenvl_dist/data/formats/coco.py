@@ -13,6 +13,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from qwenvl_dist.data.formats.annotations import AnnotationFile
+from qwenvl_dist.data.formats.objects import objects_of
 from qwenvl_dist.data.formats.reader import PackInput, SampleReader, id_of, key_of_id
 from qwenvl_dist.data.formats.sample import (
     DEFAULT_JOIN,
@@ -251,7 +252,9 @@ class CocoReader(CocoFileReader):
         try:
             if not isinstance(caption, str):
                 raise FormatError(f"is {short(annotation)}: it needs a 'caption'; {self.form}")
-            return (self.rules.caption(caption),)
+            text = self.rules.caption(caption)
+            objects_of(None, [text], 1)  # no placeholder may be in it
+            return (text,)
         except FormatError as error:
             if not self.given.allow_missing:
                 raise UserError(f"{where}, {error}") from None

@@ -7,7 +7,6 @@
 
 from __future__ import annotations
 
-import json
 from typing import Any
 
 from qwenvl_dist.data.formats.reader import Draft, FileReader, need_list, need_object
@@ -15,7 +14,6 @@ from qwenvl_dist.data.formats.sample import short
 from qwenvl_dist.data.formats.turns import FormatError, Turn, check_text, role_of, split_marks
 
 UNHEARD = ("videos", "video", "audios", "audio")
-FILLED_IN = ("<ref-object>", "<bbox>")  # by ms-swift, from `objects`
 EXAMPLE = '{"conversations": [{"from": "user", "value": ...}, {"from": "assistant", "value": ...}]}'
 
 
@@ -59,7 +57,7 @@ def system_turn(record: dict[str, Any]) -> list[Turn]:
 
 
 def refuse_other_media(record: dict[str, Any]) -> None:
-    """Raise FormatError for what would be lost: videos, sounds, boxes that are to be filled into the text."""
+    """Raise FormatError for what would be lost, videos and sounds, or is not wanted."""
     for name in UNHEARD:
         if record.get(name):
             raise FormatError(
@@ -67,8 +65,3 @@ def refuse_other_media(record: dict[str, Any]) -> None:
             )
     if record.get("label") is False:  # of KTO
         raise FormatError("has 'label' false, so its answer is one that is not wanted: drop the record")
-    if record.get("objects") and any(mark in json.dumps(record) for mark in FILLED_IN):
-        raise FormatError(
-            f"has 'objects' {short(record['objects'])} for <ref-object> and <bbox>: write the boxes into the text, "
-            "as docs/grounding.md shows them"
-        )

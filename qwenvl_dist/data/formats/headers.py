@@ -3,7 +3,14 @@
 from __future__ import annotations
 
 import io
-from dataclasses import dataclass
+import os
+import struct
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import astuple, dataclass
+from tempfile import TemporaryFile
+from typing import TypeVar
 
 from PIL import Image
 from PIL.TiffImagePlugin import IMAGELENGTH, IMAGEWIDTH, TiffImageFile
@@ -13,13 +20,15 @@ from qwenvl_dist.data.formats.sample import ImageRef, Picture
 HEADER_BYTES = 1 << 17  # of a JPEG: where its size and EXIF stand
 EXIF_ORIENTATION = 0x0112
 READS_AT_A_TIME = 16
+WAITING = 64  # items that are held while heads before them are read
 
-Size = tuple[int, int]  # width and height in pixels
+Item = TypeVar("Item")
+_HEADER = struct.Struct("<IIB")
 
 
 @dataclass(frozen=True)
 class Header:
-    """A picture's size as it is stored, and its EXIF orientation."""
+    """A picture's size as it is stored, and its EXIF orientation, from 1 to 8."""
 
     width: int
     height: int
@@ -31,8 +40,8 @@ class Header:
         return self.orientation in (5, 6, 7, 8)
 
     @property
-    def upright(self) -> Size:
-        """The size of what the model sees."""
+    def upright(self) -> tuple[int, int]:
+        """Width and height of what the model sees."""
         return (self.height, self.width) if self.is_quarter_turned else (self.width, self.height)
 
 
@@ -60,6 +69,62 @@ def _parse(data: bytes) -> Header | None:
             width, height = image.size
             if isinstance(image, TiffImageFile):  # whose size Pillow gives upright
                 width, height = image.tag_v2[IMAGEWIDTH], image.tag_v2[IMAGELENGTH]
-            return Header(width, height, orientation=image.getexif().get(EXIF_ORIENTATION, 1))
+            orientation = image.getexif().get(EXIF_ORIENTATION, 1)
+            return Header(width, height, int(orientation) if orientation in range(1, 9) else 1)
     except Exception:  # Pillow's parsers raise whatever a damaged header leads them to
         return None
+
+
+class HeaderLog:
+    """The headers of the pictures that items of a long row ask for.
+
+    `read` takes them from the pictures, several at a time, and notes them on disk; `recall` gives the same to the same
+    row, without looking at a picture again. No thread is left when `read` is done: a process may fork then.
+    """
+
+    def __init__(self, reads_at_a_time: int = READS_AT_A_TIME) -> None:
+        self.reads_at_a_time = reads_at_a_time
+        self._file = TemporaryFile(prefix="qwenvl-dist-")  # noqa: SIM115 (closed with this object)
+
+    def read(
+        self, row: Iterable[tuple[Item, Sequence[Picture]]]
+    ) -> Iterator[tuple[Item, list[Header | None]]]:
+        """Yield each item with the headers of its pictures, None for one that cannot be read."""
+        self._file.truncate(0)
+        self._file.seek(0)
+        waiting: deque[tuple[Item, list[Future[Header | None]]]] = deque()
+        pool = ThreadPoolExecutor(self.reads_at_a_time)
+        try:
+            for item, pictures in row:
+                if not pictures and not waiting:  # most rows ask for nothing
+                    yield item, []
+                    continue
+                waiting.append((item, [pool.submit(read_header, picture) for picture in pictures]))
+                while waiting and (len(waiting) > WAITING or all(head.done() for head in waiting[0][1])):
+                    yield self._noted(*waiting.popleft())
+            while waiting:
+                yield self._noted(*waiting.popleft())
+        finally:
+            pool.shutdown(cancel_futures=True)
+        self._file.flush()
+
+    def _noted(self, item: Item, heads: list[Future[Header | None]]) -> tuple[Item, list[Header | None]]:
+        headers = [head.result() for head in heads]
+        for header in headers:
+            self._file.write(_HEADER.pack(*((0, 0, 0) if header is None else astuple(header))))
+        return item, headers
+
+    def recall(
+        self, row: Iterable[tuple[Item, Sequence[Picture]]]
+    ) -> Iterator[tuple[Item, list[Header | None]]]:
+        """Yield what `read` did for the same row."""
+        place = 0
+        for item, pictures in row:
+            headers: list[Header | None] = []
+            for _ in pictures:
+                data = os.pread(self._file.fileno(), _HEADER.size, place)
+                assert len(data) == _HEADER.size, "the input changed while it was packed"
+                place += _HEADER.size
+                header = Header(*_HEADER.unpack(data))
+                headers.append(header if header.width else None)
+            yield item, headers

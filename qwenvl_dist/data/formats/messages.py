@@ -8,6 +8,9 @@ ms-swift: the content is a text with <image>, the pictures are listed beside it.
      "images": ["a.jpg"]}
     {"query": "<image>...", "response": "...", "history": [["...", "..."]], "images": ["a.jpg"]}
     {"conversation": [{"human": "<image>...", "assistant": "..."}], "images": ["a.jpg"]}
+Each with names and boxes beside it, for its <ref-object> and <bbox> (qwenvl_dist/data/formats/objects.py).
+    {"query": "<image>Find the <ref-object>.", "response": "<ref-object><bbox>", "images": ["a.jpg"],
+     "objects": {"ref": ["dog", "dog"], "bbox": [[10, 20, 110, 80]]}}
 LLaMA-Factory: sharegpt, and alpaca.
     {"conversations": [{"from": "human", "value": "<image>..."}, {"from": "gpt", "value": "..."}], "images": ["a.jpg"]}
     {"instruction": "<image>...", "input": "...", "output": "...", "history": [["...", "..."]], "images": ["a.jpg"]}
@@ -51,7 +54,7 @@ class MessagesReader(FileReader):
             return self._conversation(record, turns_of(record), names)
         images = [self.pictures.find(name) for name in names]
         messages = caption_messages(self.rules.prompt, self.rules.captions(captions), len(images))
-        return Draft(messages, images, id_of(record, "id"), id_of(record, "image_id"))
+        return Draft(messages, images, id_of(record, "id"), id_of(record, "image_id"), record.get("objects"))
 
 
 def turns_of(record: dict[str, Any]) -> list[Turn]:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 from qwenvl_dist.data.formats.annotations import AnnotationFile, Record
+from qwenvl_dist.data.formats.headers import READS_AT_A_TIME, Header, HeaderLog
+from qwenvl_dist.data.formats.objects import Objects, objects_of, texts_in
 from qwenvl_dist.data.formats.pictures import Pictures
 from qwenvl_dist.data.formats.sample import SAFE_KEY, Picture, Sample, short
 from qwenvl_dist.data.formats.turns import FormatError, TextRules, Turn, expand, place, to_messages
@@ -68,6 +70,12 @@ class Draft:
     images: list[Picture]
     own_id: int | str | None = None  # what the record calls itself
     image_id: int | str | None = None  # what it calls its picture
+    objects: Any = None  # as the record has them: what <ref-object> and <bbox> in the messages stand for
+
+
+# Where a record stands, its sample or what is wrong with it, and what is still to be filled into its texts.
+_Found = tuple[str, Draft | FormatError, Objects | None]
+_Row = Iterator[tuple[_Found, Sequence[Picture]]]
 
 
 class RecordReader(SampleReader):
@@ -78,10 +86,12 @@ class RecordReader(SampleReader):
     """
 
     source: str  # name of the format
+    heads_at_a_time = READS_AT_A_TIME  # of pictures that boxes in pixels lie in
 
     def __init__(self, given: PackInput) -> None:
         super().__init__(given)
         self._key_of = _number
+        self._headers: HeaderLog | None = None
 
     @abstractmethod
     def _records(self) -> Iterable[Record]:
@@ -91,23 +101,42 @@ class RecordReader(SampleReader):
     def _draft(self, value: Any) -> Draft:
         """Return the sample of one record. Raises FormatError."""
 
-    def _drafts(self) -> Iterator[Draft]:
-        unusable: list[tuple[str, str]] = []
+    def _read(self) -> _Row:
+        """Yield what the records are, with the pictures whose headers must be known to fill in their objects."""
         for record in self._records():
+            objects, pictures = None, []
             try:
-                draft = self._draft(record.value)
+                found = self._draft(record.value)
+                objects = objects_of(found.objects, texts_in(found.messages), len(found.images))
+                if objects is not None:
+                    pictures = [found.images[number] for number in objects.measured]
+            except FormatError as error:
+                found = error
+            yield (record.where, found, objects), pictures
+
+    def _drafts(
+        self, with_headers: Callable[[_Row], Iterator[tuple[_Found, list[Header | None]]]]
+    ) -> Iterator[Draft]:
+        unusable: list[tuple[str, str]] = []
+        for (where, draft, objects), headers in with_headers(self._read()):
+            try:
+                if isinstance(draft, FormatError):
+                    raise draft
+                if objects is not None:
+                    draft = replace(draft, messages=objects.fill(draft.messages, draft.images, headers))
             except FormatError as error:
                 if not self.given.allow_missing:
-                    raise UserError(f"{record.where} {error}") from None
-                unusable.append((record.where, str(error)))
+                    raise UserError(f"{where} {error}") from None
+                unusable.append((where, str(error)))
                 continue
             yield draft
         self.unusable = unusable
 
     def _examine(self) -> int:
         count = 0
+        headers = HeaderLog(self.heads_at_a_time)
         with KeyLog() as ids, KeyLog() as stems:
-            for draft in self._drafts():
+            for draft in self._drafts(headers.read):
                 ids.add(_safe(_own_key(count, draft)))
                 stems.add(_safe(_stem_key(count, draft)))
                 count += 1
@@ -120,10 +149,12 @@ class RecordReader(SampleReader):
                 self._key_of = _own_key
             elif stems.all_differ():
                 self._key_of = _stem_key
+        self._headers = headers
         return count
 
     def _samples(self) -> Iterator[Sample]:
-        for number, draft in enumerate(self._drafts()):
+        assert self._headers is not None
+        for number, draft in enumerate(self._drafts(self._headers.recall)):
             key = self._key_of(number, draft)
             assert key is not None, "the input changed while it was packed"
             yield Sample(key, draft.messages, draft.images, _image_id(draft), self.source)
@@ -148,7 +179,7 @@ class FileReader(RecordReader):
         """Return the draft of a record whose turns are known; `names` are its pictures that the text does not name."""
         messages, placed = to_messages(place([*turns], names or []), self.rules)
         images = [self.pictures.find(name) for name in expand(placed, names or [])]
-        return Draft(messages, images, id_of(value, "id"), id_of(value, "image_id"))
+        return Draft(messages, images, id_of(value, "id"), id_of(value, "image_id"), value.get("objects"))
 
 
 def need_object(value: Any, example: str) -> dict[str, Any]:

@@ -16,6 +16,7 @@ from typing import Any
 
 from qwenvl_dist.data.formats.annotations import Record
 from qwenvl_dist.data.formats.messages import ANSWERS, QUESTIONS, pairs_of, turns_of
+from qwenvl_dist.data.formats.objects import MEMBERS
 from qwenvl_dist.data.formats.pictures import Pictures
 from qwenvl_dist.data.formats.reader import Draft, PackInput, RecordReader, id_of, id_of_stem, stem_of
 from qwenvl_dist.data.formats.sample import Picture, caption_messages, short
@@ -26,6 +27,7 @@ from qwenvl_dist.errors import UserError
 IMAGE_COLUMNS = ("image", "images", "img", "picture", "jpg", "image_path", "file_name")
 TEXT_COLUMNS = ("messages", "conversations", "caption", "captions", "text", "texts", "sentences")
 ID_COLUMNS = ("id", "image_id")
+OBJECTS = "objects"
 USUAL_SPLITS = (
     "train",
     "training",
@@ -46,6 +48,7 @@ class TableReader(RecordReader):
     """One row, one sample."""
 
     source = "huggingface"
+    heads_at_a_time = 1  # they are read by row group, which threads would take from each other
 
     def __init__(self, given: PackInput) -> None:
         super().__init__(given)
@@ -73,9 +76,10 @@ class TableReader(RecordReader):
         self.pictures = Pictures(given.images, self.files[0].path, given.allow_missing)
 
     def _records(self) -> Iterator[Record]:
-        wanted = [
-            name for name in (*(self.asked or [self.text]), *ID_COLUMNS) if name in self.files[0].schema.names
-        ]
+        schema = self.files[0].schema
+        wanted = [name for name in (*(self.asked or [self.text]), *ID_COLUMNS) if name in schema.names]
+        if OBJECTS in schema.names and _may_fill_in(schema.field(OBJECTS).type):
+            wanted.append(OBJECTS)
         for file in self.files:
             row = 0
             for group in range(file.num_groups):
@@ -87,6 +91,12 @@ class TableReader(RecordReader):
                         yield Record(f"{file.path}: row {row}", (values, images, row - first))
                         row += 1
 
+    def _examine(self) -> int:
+        try:
+            return super()._examine()
+        finally:
+            _groups.clear()  # whose pictures were looked at: no worker shall begin with them
+
     def _draft(self, value: Any) -> Draft:
         row, group, place_in_group = value
         images = [] if group is None else group.of_row(place_in_group, self.pictures)
@@ -96,7 +106,7 @@ class TableReader(RecordReader):
         ):  # older versions of datasets store a list of turns as one list for each member
             names, columns = list(text), [column or [] for column in text.values()]
             text = [dict(zip(names, values, strict=False)) for values in zip(*columns, strict=False)]
-        own_id, image_id = id_of(row, "id"), id_of(row, "image_id")
+        own_id, image_id, objects = id_of(row, "id"), id_of(row, "image_id"), row.get(OBJECTS)
         if self.asked or (isinstance(text, list) and text and isinstance(text[0], dict)):
             if text is None:
                 said = turns_of({name: row[name] for name in self.asked})
@@ -109,7 +119,7 @@ class TableReader(RecordReader):
                 self.pictures.find(found) if isinstance(found, str) else found
                 for found in expand(placed, images)
             ]
-            return Draft(messages, pictures, own_id, image_id)
+            return Draft(messages, pictures, own_id, image_id, objects)
         if self.image is not None and not images:
             raise FormatError(f"has no picture in {self.image!r}: drop the row")
         captions = texts_of(text)
@@ -119,7 +129,8 @@ class TableReader(RecordReader):
         if image_id is None and images:
             stem = stem_of(images[0])
             image_id = None if stem is None else id_of_stem(stem)
-        return Draft(caption_messages(self.rules.prompt, answer, len(images)), images, own_id, image_id)
+        messages = caption_messages(self.rules.prompt, answer, len(images))
+        return Draft(messages, images, own_id, image_id, objects)
 
 
 def find_files(place: Path, split: str | None) -> list[TableFile]:
@@ -388,6 +399,13 @@ def _is_struct(kind: Any) -> bool:
     import pyarrow as pa
 
     return pa.types.is_struct(kind)
+
+
+def _may_fill_in(kind: Any) -> bool:
+    """Tell whether a column is like ms-swift's `objects`, and not another program's, which may be large."""
+    if _is_struct(kind):
+        return any(field.name in MEMBERS for field in kind)
+    return not _is_list(kind) and not _is_bytes(kind)
 
 
 def _is_bytes(kind: Any) -> bool:
