@@ -149,6 +149,42 @@ def test_splits_are_chosen_by_name(tmp_path: Path) -> None:
         read(tmp_path / "one", split="train")
 
 
+@pytest.mark.parametrize("together", [False, True])
+def test_conversations_that_are_stored_as_json(tmp_path: Path, together: bool) -> None:
+    """As `datasets` stores turns whose contents differ in kind."""
+    import datasets
+
+    if not hasattr(datasets, "Json"):
+        pytest.skip("this version of datasets has no JSON columns")
+    parts = [{"type": "image"}, {"type": "text", "text": "Find the <ref-object>."}]
+    turns = [{"role": "user", "content": parts}, {"role": "assistant", "content": "<bbox>"}]
+    objects = {"ref": ["dog"], "bbox": [[0.1, 0.2, 0.5, 0.9]], "bbox_type": "norm1"}
+    kinds = {
+        "messages": datasets.Json() if together else datasets.List(datasets.Json()),
+        "objects": datasets.Json(),
+        "images": datasets.List({"bytes": datasets.Value("binary"), "path": datasets.Value("string")}),
+    }
+    rows = {"messages": [turns] * 2, "objects": [objects] * 2, "images": [[inside(0)], [inside(1)]]}
+    data = datasets.Dataset.from_dict(rows, features=datasets.Features(kinds))
+    data.save_to_disk(tmp_path / "saved")
+    data.to_parquet(tmp_path / "t.parquet")
+    for path in (tmp_path / "saved", tmp_path / "t.parquet"):
+        samples = read(path)
+        assert bytes_of(samples) == [[jpeg(0)], [jpeg(1)]]
+        for sample in samples:
+            user, assistant = sample.messages
+            assert user["content"][0] == {"type": "image"}
+            assert user["content"][1]["text"] == "Find the <|object_ref_start|>dog<|object_ref_end|>."
+            assert assistant["content"][0]["text"] == "<|box_start|>(100,200),(500,900)<|box_end|>"
+
+
+def test_a_cell_that_is_no_json_is_one_line(tmp_path: Path) -> None:
+    cells = pa.array(['["x"]', '{"role"'], pa.json_())
+    pq.write_table(pa.table({"text": cells}), tmp_path / "t.parquet")
+    with pytest.raises(UserError, match=r"row 1 has .* in 'text', which is not JSON .*: mend it"):
+        read(tmp_path / "t.parquet")
+
+
 GOOD = {"image": inside(0), "caption": "x"}
 
 

@@ -6,6 +6,7 @@ knows its cell, and whoever reads it keeps the last row group's pictures, which 
 
 from __future__ import annotations
 
+import json
 import os
 from collections import OrderedDict
 from collections.abc import Iterator
@@ -63,6 +64,7 @@ class TableReader(RecordReader):
         if given.text_column is not None or len(self.asked) < 2 or {*TEXT_COLUMNS} & {*schema.names}:
             self.asked = []
             self.text = _column(schema.names, given.text_column, TEXT_COLUMNS, "--text-column", self.files[0])
+        self.as_json = [field.name for field in schema if _is_json(field.type)]
         self.image = None
         if given.image_column is not None or any(name in schema.names for name in IMAGE_COLUMNS):
             self.image = _column(
@@ -99,6 +101,7 @@ class TableReader(RecordReader):
 
     def _draft(self, value: Any) -> Draft:
         row, group, place_in_group = value
+        row = {name: _parsed(cell, name) if name in self.as_json else cell for name, cell in row.items()}
         images = [] if group is None else group.of_row(place_in_group, self.pictures)
         text = None if self.asked else row[self.text]
         if isinstance(
@@ -399,6 +402,20 @@ def _is_struct(kind: Any) -> bool:
     import pyarrow as pa
 
     return pa.types.is_struct(kind)
+
+
+def _is_json(kind: Any) -> bool:
+    """Tell whether a column holds JSON, or lists of it, as `datasets` stores what has no type of its own."""
+    return getattr(kind.value_type if _is_list(kind) else kind, "extension_name", None) == "arrow.json"
+
+
+def _parsed(cell: Any, column: str) -> Any:
+    if isinstance(cell, list):
+        return [_parsed(each, column) for each in cell]
+    try:
+        return None if cell is None else json.loads(cell)
+    except (ValueError, RecursionError) as error:
+        raise FormatError(f"has {short(cell)} in {column!r}, which is not JSON ({error}): mend it") from None
 
 
 def _may_fill_in(kind: Any) -> bool:
