@@ -212,7 +212,7 @@ class DataConfig(_Section):
     captions_mode: CaptionsMode | None = None
     # What separates captions in the shards' text; None: what they were packed with, else &&.
     caption_mark: Annotated[str, Field(min_length=1)] | None = None
-    max_length: Annotated[int, Field(ge=16)] = 8192  # tokens; only caption tokens are ever cut
+    max_length: Annotated[int, Field(ge=16)] = 8192  # tokens; visual ones are never cut
     # Of a sample above max_length: cut the end of its answer, drop the sample, or shrink its pictures until it fits.
     over_length: OverLength = "cut"
     max_visual_tokens: Annotated[int, Field(ge=1)] | None = None  # of a sample, whose pictures shrink to it

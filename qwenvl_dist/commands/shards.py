@@ -21,6 +21,7 @@ from qwenvl_dist.data.formats import (
     PackInput,
     SampleReader,
     TextRules,
+    is_learned,
 )
 
 EXAMPLES_SHOWN = 3
@@ -386,8 +387,8 @@ def _show(place: str, limit: int | None) -> None:
 
 
 def _text_of(record: dict) -> str:
-    """Return the assistant's text."""
-    answers = [message for message in record["messages"] if message["role"] == "assistant"]
+    """Return the assistant's text that is learned."""
+    answers = filter(is_learned, record["messages"])
     return " ".join(
         part["text"] for message in answers for part in message["content"] if part["type"] == "text"
     )

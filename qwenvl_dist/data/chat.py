@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from qwenvl_dist.data.formats import is_learned
 from qwenvl_dist.errors import UserError
 
 IGNORE = -100  # label of a token without loss
@@ -90,7 +91,10 @@ class ChatEncoder:
         for token in ("<|im_start|>", "<|im_end|>", IMAGE):
             if token not in vocabulary:
                 raise UserError(f"tokenizer: has no token {token!r}; use the tokenizer of a Qwen2-VL model")
-        self._heads: dict[tuple[str, tuple[Grid, ...]], tuple[Int64, NDArray[np.bool_], Int64]] = {}
+        # By text, pictures, and which answers are learned: () stands for all.
+        self._heads: dict[
+            tuple[str, tuple[Grid, ...], tuple[bool, ...]], tuple[Int64, NDArray[np.bool_], Int64]
+        ] = {}
         self.image_token = vocabulary[IMAGE]
         self.end_of_turn = vocabulary["<|im_end|>"]
         self.start_of_turn = vocabulary["<|im_start|>"]
@@ -100,28 +104,42 @@ class ChatEncoder:
     def render(self, messages: list[dict[str, Any]], add_generation_prompt: bool = False) -> str:
         """Return the conversation as text, one placeholder a picture."""
         return self.tokenizer.apply_chat_template(
-            messages,
+            # A template might have a meaning of its own for other members.
+            [{"role": message["role"], "content": message["content"]} for message in messages],
             chat_template=self.template,
             tokenize=False,
             add_generation_prompt=add_generation_prompt,
         )
 
-    def _tokenize(self, text: str) -> tuple[Int64, NDArray[np.bool_]]:
-        """Return token ids and which of them are learned: an assistant's words and the end of its turn."""
+    def _tokenize(self, text: str, answers: Sequence[bool]) -> tuple[Int64, NDArray[np.bool_]]:
+        """Return token ids and which of them are learned: an assistant's words and the end of its turn.
+
+        `answers` says of each of its turns whether it is learned. Raises ValueError when some are not and the text has
+        another number of turns.
+        """
         # Straight to the tokenizer's own library: the wrapper around it costs more than the tokens.
         encoded = self.tokenizer.backend_tokenizer.encode(text, add_special_tokens=False)
         ids = np.array(encoded.ids, np.int64)
         learned = np.zeros(len(ids), bool)
         ends = np.flatnonzero(ids == self.end_of_turn)
         offsets = encoded.offsets
-        for start in np.flatnonzero(ids == self.start_of_turn).tolist():
-            first_char = offsets[start][0]
-            if text.startswith(ANSWER, first_char):
-                end = int(ends[np.searchsorted(ends, start)])
-                first = first_char + len(ANSWER)
-                while start <= end and offsets[start][0] < first:
-                    start += 1
-                learned[start : end + 1] = True
+        starts = np.flatnonzero(ids == self.start_of_turn).tolist()
+        starts = [start for start in starts if text.startswith(ANSWER, offsets[start][0])]
+        if all(answers):
+            answers = [True] * len(starts)
+        elif len(answers) != len(starts):
+            raise ValueError(
+                f"the chat template makes {len(starts)} turns of the assistant out of {len(answers)}, so which of "
+                "them have 'loss' false cannot be told"
+            )
+        for start, wanted in zip(starts, answers, strict=True):
+            if not wanted:
+                continue
+            end = int(ends[np.searchsorted(ends, start)])
+            first = offsets[start][0] + len(ANSWER)
+            while start <= end and offsets[start][0] < first:
+                start += 1
+            learned[start : end + 1] = True
         return ids, learned
 
     def _widen(
@@ -135,17 +153,27 @@ class ChatEncoder:
         return np.repeat(ids, repeats), np.repeat(learned, repeats)
 
     def _cut(self, ids: Int64, learned: NDArray[np.bool_]) -> tuple[Int64, NDArray[np.bool_]]:
-        """Cut the tail of the last learned words, so that the sequence fits and still ends its turn."""
-        excess = len(ids) - self.max_length
+        """Cut the tail of the last learned words, so that the sequence fits and still ends its turn.
+
+        Turns behind them teach nothing: without a picture, they go first.
+        """
+        whole, excess = len(ids), len(ids) - self.max_length
         if excess <= 0:
             return ids, learned
         if not self.may_cut:
-            raise TooLong(f"{len(ids)} tokens exceed max_length {self.max_length}", excess)
+            raise TooLong(f"{whole} tokens exceed max_length {self.max_length}", excess)
+        taught = int(np.flatnonzero(learned)[-1]) + 1 if learned.any() else whole
+        behind = np.flatnonzero(ids[taught:] == self.start_of_turn)
+        if behind.size and self.image_token not in ids[taught:]:
+            end = taught + int(behind[0])
+            ids, learned, excess = ids[:end], learned[:end], end - self.max_length
+            if excess <= 0:
+                return ids, learned
         words = np.flatnonzero(learned & (ids != self.end_of_turn))
         tail = words[len(words) - excess :] if excess < len(words) else words[:0]
         if not tail.size or tail[-1] - tail[0] != excess - 1:
             raise TooLong(
-                f"{len(ids)} tokens, {int((ids == self.image_token).sum())} of them visual: "
+                f"{whole} tokens, {int((ids == self.image_token).sum())} of them visual: "
                 f"no cut of the caption brings it under max_length {self.max_length}",
                 excess,
             )
@@ -163,12 +191,13 @@ class ChatEncoder:
                 if token in text:
                     raise ValueError(f"a text holds {token!r}, which would begin or end a turn")
         text = self.render(messages)
+        answers = tuple(is_learned(message) for message in messages if message["role"] == "assistant")
         # The marks of a turn part the text before anything else is looked at, so the last answer and what comes before
         # it give the same tokens apart as together; a caption's prompt is then encoded once for each picture size.
         before, mark, answer = text.rpartition(ANSWER)
         if mark and len(before) <= HEAD_CHARACTERS and before.count(IMAGE) == len(grids):
-            head_ids, head_learned, head_positions = self._head(before, tuple(grids))
-            ids, learned = self._tokenize(mark + answer)
+            head_ids, head_learned, head_positions = self._head(before, tuple(grids), answers[:-1])
+            ids, learned = self._tokenize(mark + answer, answers[-1:])
             ids = np.concatenate([head_ids, ids])
             if len(ids) <= self.max_length:
                 learned = np.concatenate([head_learned, learned])
@@ -179,7 +208,7 @@ class ChatEncoder:
                     next_position, next_position + len(ids) - len(head_ids)
                 )
                 return EncodedChat(ids, np.where(learned, ids, IGNORE), positions)
-        ids, learned = self._widen(*self._tokenize(text), grids)
+        ids, learned = self._widen(*self._tokenize(text, answers), grids)
         whole = len(ids)
         ids, learned = self._cut(ids, learned)
         positions = mrope_positions(ids == self.image_token, grids, self.merge_size)
@@ -189,13 +218,12 @@ class ChatEncoder:
         """Encode the answers that `mark` separates in the last message behind one prefix.
 
         Each has the tokens, labels and positions that it would have alone, and is to attend to the prefix and itself.
-        A conversation with a single answer, or with words to learn before the last, is encoded plainly. Raises what
-        `encode` does.
+        A conversation with a single answer, with words to learn before the last, or whose last is not learned, is
+        encoded plainly. Raises what `encode` does.
         """
         *before, last = messages
         answers = [answer for answer in map(str.strip, "".join(_texts([last])).split(mark)) if answer]
-        learns_before = any(message["role"] == "assistant" for message in before)
-        if last["role"] != "assistant" or len(answers) < 2 or learns_before:
+        if not is_learned(last) or len(answers) < 2 or any(map(is_learned, before)):
             return self.encode(messages, grids)
         alone = []
         for answer in answers:
@@ -222,15 +250,18 @@ class ChatEncoder:
             cut=sum(chat.cut for chat in alone),
         )
 
-    def _head(self, text: str, grids: tuple[Grid, ...]) -> tuple[Int64, NDArray[np.bool_], Int64]:
+    def _head(
+        self, text: str, grids: tuple[Grid, ...], answers: tuple[bool, ...]
+    ) -> tuple[Int64, NDArray[np.bool_], Int64]:
         """Return ids, learned and positions of what comes before the last answer."""
-        head = self._heads.get((text, grids))
+        key = text, grids, () if all(answers) else answers
+        head = self._heads.get(key)
         if head is None:
-            ids, learned = self._widen(*self._tokenize(text), grids)
+            ids, learned = self._widen(*self._tokenize(text, answers), grids)
             head = ids, learned, mrope_positions(ids == self.image_token, grids, self.merge_size)
             if len(self._heads) >= HEADS_KEPT:
                 self._heads.clear()
-            self._heads[text, grids] = head
+            self._heads[key] = head
         return head
 
     def encode_prompt(self, messages: list[dict[str, Any]], grids: Sequence[Grid]) -> Int64:

@@ -6,7 +6,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import replace
 
-from qwenvl_dist.data.formats import parse_sample_json
+from qwenvl_dist.data.formats import is_learned, parse_sample_json
 from qwenvl_dist.data.index import RawSample
 from qwenvl_dist.data.plan import Plan
 from qwenvl_dist.data.source import PlannedSample
@@ -45,7 +45,7 @@ class CaptionDraw:
 def captions_of(messages: list[dict], mark: str) -> list[str]:
     """Return the captions in the last turn; none where it is not the only one to learn."""
     *before, last = messages
-    if last["role"] != "assistant" or any(message["role"] == "assistant" for message in before):
+    if not is_learned(last) or any(map(is_learned, before)):
         return []
     text = "".join(part.get("text", "") for part in last["content"])
     return [caption for caption in map(str.strip, text.split(mark)) if caption]

@@ -10,6 +10,7 @@
     image_starts     (samples + 1,) int64: the same for pictures
     image_sizes      (images, 2) int32: width and height as stored, before EXIF turns it; 0, 0 where unreadable
     caption_lengths  (samples,) int32: characters of the assistant's text
+    unlearned_lengths  (samples,) int32: how many of them are not learned; no column where all are
 
 Its metadata has one entry, `qwenvl-dist-index`: JSON with version, shard, bytes of the tar, samples, extensions; for a
 shard of another program also `texts`, which says how its own members become messages (data/foreign.py).
@@ -40,6 +41,7 @@ from safetensors.numpy import save as save_columns
 
 from qwenvl_dist.data.captions import PackedCaptions
 from qwenvl_dist.data.foreign import TextForm
+from qwenvl_dist.data.formats.sample import is_learned
 from qwenvl_dist.data.storage import ByteSource, LocalStorage, Storage, StorageError, open_storage
 from qwenvl_dist.errors import UserError
 from qwenvl_dist.files import write_atomic
@@ -118,10 +120,17 @@ class ShardIndex:
     image_starts: np.ndarray
     image_sizes: np.ndarray
     caption_lengths: np.ndarray
+    unlearned_lengths: np.ndarray | None = None
     texts: TextForm | None = None  # of a shard that another program wrote; None: `KEY.json` in our own form
 
     def __len__(self) -> int:
         return len(self.keys)
+
+    @property
+    def learned_lengths(self) -> np.ndarray:
+        """Characters of the assistant's text that is learned, (samples,) int32."""
+        unlearned = self.unlearned_lengths
+        return self.caption_lengths if unlearned is None else self.caption_lengths - unlearned
 
     def members(self, i: int) -> dict[str, Member]:
         """Return sample `i`'s members by extension, in tar order."""
@@ -138,7 +147,8 @@ class ShardIndex:
 
     def sample(self, i: int) -> tuple:
         """Return all that the index says of sample `i`, to be compared."""
-        return self.keys[i], self.members(i), self.images(i).tolist(), int(self.caption_lengths[i])
+        lengths = int(self.caption_lengths[i]), int(self.learned_lengths[i])
+        return self.keys[i], self.members(i), self.images(i).tolist(), *lengths
 
     def to_bytes(self) -> bytes:
         """Return the content of the index file; the same shard always gives the same bytes."""
@@ -146,7 +156,10 @@ class ShardIndex:
         header |= {"samples": len(self), "extensions": self.extensions}
         if self.texts is not None:
             header["texts"] = self.texts.to_json()
-        columns = {name: getattr(self, name).astype(kind) for name, (kind, _) in _COLUMNS.items()}
+        given = {name: getattr(self, name) for name in _COLUMNS}
+        columns = {
+            name: column.astype(_COLUMNS[name][0]) for name, column in given.items() if column is not None
+        }
         columns["keys"] = np.frombuffer("\0".join(self.keys).encode(), np.uint8)
         # One entry only: safetensors writes the metadata in no fixed order.
         return save_columns(columns, metadata={INDEX_FORMAT: _compact(header)})
@@ -162,6 +175,7 @@ _COLUMNS = {
     "image_starts": ("<i8", 1),
     "image_sizes": ("<i4", 2),
     "caption_lengths": ("<i4", 1),
+    "unlearned_lengths": ("<i4", 1),
 }
 
 
@@ -227,10 +241,17 @@ def _check_columns(index: ShardIndex, samples: int) -> None:
     """Raise ValueError unless every number of the index points to where there can be something."""
     for name, (kind, dimensions) in _COLUMNS.items():
         column = getattr(index, name)
+        if column is None:
+            continue
         if column.dtype != np.dtype(kind) or column.ndim != dimensions:
             raise ValueError(f"{name} is {column.dtype} with {column.ndim} dimensions")
     if not len(index.keys) == len(index.caption_lengths) == samples:
         raise ValueError(f"{len(index.keys)} keys of {samples} samples")
+    unlearned = index.unlearned_lengths
+    if unlearned is not None and (
+        len(unlearned) != samples or ((unlearned < 0) | (unlearned > index.caption_lengths)).any()
+    ):
+        raise ValueError("unlearned_lengths beyond caption_lengths")
     for starts, pointed in ((index.member_starts, index.offsets), (index.image_starts, index.image_sizes)):
         if len(starts) != samples + 1 or starts[0] or starts[-1] != len(pointed) or (starts < 0).any():
             raise ValueError("starts that do not go from the first to the end")
@@ -625,7 +646,7 @@ def _describe(record: dict[str, Any], texts: TextForm | None) -> None:
     record["images"] = [list(_size_or_zero(contents[extension])) for extension in image_members(contents)]
     if FEATURES_RECORD in contents:
         record["images"] = _noted_sizes(contents[FEATURES_RECORD])
-    record["caption_length"] = _caption_length(contents.get("json", b""))
+    record["caption_length"], record["unlearned_length"] = _caption_lengths(contents.get("json", b""))
 
 
 def _size_or_zero(data: bytes) -> tuple[int, int]:
@@ -645,13 +666,15 @@ def _noted_sizes(data: bytes) -> list[list[int]]:
     return sizes if all(0 <= side < 2**31 for size in sizes for side in size) else []
 
 
-def _caption_length(data: bytes) -> int:
-    """Return the characters of the assistant's text, 0 when the JSON is not in our form."""
+def _caption_lengths(data: bytes) -> tuple[int, int]:
+    """Return the characters of the assistant's text and those not learned, 0 when the JSON is not in our form."""
     try:
         answers = [message for message in json.loads(data)["messages"] if message["role"] == "assistant"]
-        return sum(len(part["text"]) for message in answers for part in message["content"] if "text" in part)
+        lengths = [sum(len(part["text"]) for part in m["content"] if "text" in part) for m in answers]
+        unlearned = [length for m, length in zip(answers, lengths, strict=True) if not is_learned(m)]
+        return sum(lengths), sum(unlearned)
     except (ValueError, KeyError, TypeError, RecursionError):
-        return 0
+        return 0, 0
 
 
 def _index_from_records(
@@ -661,6 +684,7 @@ def _index_from_records(
     members = [member for record in records for member in record["members"].items()]
     ids = [extension_ids.setdefault(extension, len(extension_ids)) for extension, _ in members]
     images = [size for record in records for size in record["images"]]
+    unlearned = np.array([record["unlearned_length"] for record in records], dtype=np.int32)
     return ShardIndex(
         shard=shard,
         num_bytes=num_bytes,
@@ -674,6 +698,7 @@ def _index_from_records(
         image_starts=_starts(len(record["images"]) for record in records),
         image_sizes=np.array(images, dtype=np.int32).reshape(-1, 2),
         caption_lengths=np.array([record["caption_length"] for record in records], dtype=np.int32),
+        unlearned_lengths=unlearned if unlearned.any() else None,
         texts=texts,
     )
 

@@ -23,7 +23,7 @@ from webdataset.pipeline import DataPipeline
 from qwenvl_dist.data.batch import BadSampleRecord
 from qwenvl_dist.data.boxes import NamedBox
 from qwenvl_dist.data.chat import Grid, Int64
-from qwenvl_dist.data.formats import crowds_of, parse_sample_json
+from qwenvl_dist.data.formats import crowds_of, is_learned, parse_sample_json
 from qwenvl_dist.data.index import RawSample
 from qwenvl_dist.data.plan import RunPlan, StepLayout
 from qwenvl_dist.data.sizes import UnreadableImage
@@ -76,8 +76,8 @@ class PromptBatch:
 
 
 def split_last_answer(messages: list[dict[str, Any]]) -> tuple[list[dict[str, Any]], str]:
-    """Return the messages before the assistant's last turn, and the text of that turn."""
-    last = max((n for n, message in enumerate(messages) if message["role"] == "assistant"), default=None)
+    """Return the messages before the assistant's last turn that is learned, and the text of that turn."""
+    last = max((n for n, message in enumerate(messages) if is_learned(message)), default=None)
     if last is None:
         raise ValueError("no message of the assistant to compare with")
     return messages[:last], text_of(messages[last : last + 1])
@@ -105,7 +105,7 @@ class PromptEncoder:
         return Prompt(asked, self.encoder.chat.encode_prompt(messages, grids), grids, pixels)
 
     def encode(self, raw: RawSample) -> Prompt:
-        """Encode one sample up to its last answer. Raises UnreadableImage; ValueError for damage."""
+        """Encode one sample up to its last answer that is learned. Raises UnreadableImage; ValueError for damage."""
         record = parse_sample_json(raw.json, len(raw.images))
         messages, reference = split_last_answer(record["messages"])
         image_id = record.get("image_id")
@@ -116,7 +116,9 @@ class PromptEncoder:
             text_of(messages[-1:]),
             crowds_of(record),
         )
-        return self.prompt(messages, raw.images, asked)
+        # Turns that are left out behind the answer may have pictures of their own.
+        shown = sum(part["type"] == "image" for message in messages for part in message["content"])
+        return self.prompt(messages, raw.images[:shown], asked)
 
     def __call__(self, sample: PlannedSample) -> Prompt:
         """Encode what the plan gave; anything unusable becomes a dummy that carries its record."""

@@ -214,12 +214,12 @@ def _describe(data: DataConfig, indexes: Sequence[ShardIndex], weights: NDArray[
         count = np.diff(index.image_starts)
         counts.append(count)
         skeletons = np.array([_skeleton_bytes(n) for n in range(int(count.max(initial=0)) + 1)])
-        prompts.append(np.maximum(0, _json_bytes(index) - index.caption_lengths - skeletons[count]))
+        prompts.append(np.maximum(0, _json_bytes(index) - index.learned_lengths - skeletons[count]))
         sizes, which = np.unique(index.image_sizes, axis=0, return_inverse=True)
         each = np.array([rule.visual_tokens(w, h) for w, h in sizes.tolist()], np.int64)[which.reshape(-1)]
         by_picture.append(each)
     seen, pictures = np.concatenate(visual), np.concatenate(counts)
-    characters = np.concatenate([index.caption_lengths for index in indexes])
+    characters = np.concatenate([index.learned_lengths for index in indexes])
     answer = np.rint(characters / CHARACTERS_PER_ANSWER_TOKEN).astype(np.int64)
     prompt = (np.concatenate(prompts) / CHARACTERS_PER_TOKEN).astype(np.int64)
     targets = answer + END_OF_TURN

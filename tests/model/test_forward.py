@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +50,33 @@ def test_loss_and_gradients_are_those_of_transformers(
     for name, gradient in actual.items():
         assert gradient.abs().max() > 0, name
         torch.testing.assert_close(gradient, expected[name], rtol=1e-4, atol=1e-5, msg=name)
+
+
+def test_answers_that_are_not_learned_have_no_part_in_the_loss(
+    scenes_base: Path, model: Any, encoder: SampleEncoder, settings: PixelSettings
+) -> None:
+    words = ("a red circle", "a blue square above a circle", "a green square")
+    messages = [
+        {"role": role, "content": [{"type": "text", "text": said}], **({"loss": False} if masked else {})}
+        for answer, masked in zip(words, (True, True, False), strict=True)
+        for role, said, masked in (("user", "a circle", False), ("assistant", answer, masked))
+    ]
+    plain = [{"role": m["role"], "content": m["content"]} for m in messages]
+    batch, whole = (
+        batch_of(encoder, replace(example(encoder, "one", words[0]), chat=encoder.chat.encode(said, ())))
+        for said in (messages, plain)
+    )
+    assert torch.equal(batch.input_ids, whole.input_ids)
+    (row,) = torch.nonzero((batch.labels != IGNORE).any(dim=1)).flatten().tolist()
+    ids, last = batch.input_ids[row].tolist(), encoder.chat.tokenizer(f"{words[-1]}<|im_end|>")["input_ids"]
+    (start,) = (at for at in range(len(ids)) if ids[at : at + len(last)] == last)
+    library = Qwen2VLForConditionalGeneration.from_pretrained(scenes_base, dtype=torch.float32)
+    library = randomise(make_trainable(library, LORA, CONFIG))
+    with torch.no_grad():
+        logits = library(**library_inputs(batch, encoder, settings)).logits[row]
+    by_hand = -sum(logits[at - 1].log_softmax(-1)[ids[at]] for at in range(start, start + len(last)))
+    assert batch.target_tokens == len(last) < whole.target_tokens
+    torch.testing.assert_close(model(batch=batch), by_hand, rtol=1e-5, atol=1e-5)
 
 
 def test_sums_of_samples_alone_are_the_loss_of_the_batch(

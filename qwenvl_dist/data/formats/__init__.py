@@ -27,6 +27,7 @@ from qwenvl_dist.data.formats.sample import (
     Sample,
     caption_messages,
     crowds_of,
+    is_learned,
     normalise_caption,
     parse_sample_json,
 )
@@ -56,6 +57,7 @@ __all__ = [
     "TextRules",
     "caption_messages",
     "crowds_of",
+    "is_learned",
     "normalise_caption",
     "parse_sample_json",
     "read_coco_captions",

@@ -15,6 +15,8 @@ from qwenvl_dist.data.storage import LocalStorage, Storage
 
 DEFAULT_PROMPT = "COCO Yes:"
 ROLES = ("system", "user", "assistant")
+# Of a turn, whether it is learned: ms-swift's, OpenAI's, and ms-swift's share. Shards have the first, false, alone.
+TURN_WEIGHTS = ("loss", "weight", "loss_scale")
 
 # A key is a tar member's name up to its first dot: no dot, no slash, short enough for the oldest tar header.
 MAX_KEY_CHARACTERS = 80
@@ -126,6 +128,11 @@ def normalise_caption(text: str, join: str = DEFAULT_JOIN) -> str:
     return join.join(" ".join(piece.split()) for piece in pieces)
 
 
+def is_learned(message: dict[str, Any]) -> bool:
+    """Tell whether a message of a shard is to be learned: an assistant's is, but one with `"loss": false`."""
+    return message["role"] == "assistant" and message.get("loss") is not False
+
+
 def parse_sample_json(data: bytes, num_images: int | None = None) -> dict[str, Any]:
     """Return the content of a shard's `KEY.json`; ValueError says what is wrong with its form.
 
@@ -139,7 +146,6 @@ def parse_sample_json(data: bytes, num_images: int | None = None) -> dict[str, A
     if not isinstance(messages, list) or not messages:
         raise ValueError("no list of 'messages'")
     placeholders = 0
-    answers = 0
     for number, message in enumerate(messages):
         if not isinstance(message, dict) or message.get("role") not in ROLES:
             raise ValueError(f"messages[{number}] has no role of {', '.join(ROLES)}")
@@ -153,13 +159,27 @@ def parse_sample_json(data: bytes, num_images: int | None = None) -> dict[str, A
                 raise ValueError(f"messages[{number}] has a part that is neither an image nor a text")
             elif not is_unicode(part["text"]):
                 raise ValueError(f"messages[{number}] holds half a character (a lone surrogate)")
-        answers += message["role"] == "assistant"
-    if not answers:
+        _check_weights(message, f"messages[{number}]")
+    if not any(map(is_learned, messages)):
+        if any(message["role"] == "assistant" for message in messages):
+            raise ValueError("every message of the assistant has 'loss' false, so nothing to learn")
         raise ValueError("no message of the assistant, so nothing to learn")
     if num_images is not None and placeholders != num_images:
         raise ValueError(f"the messages name {placeholders} images, {num_images} lie beside them")
     crowds_of(record)
     return record
+
+
+def _check_weights(message: dict[str, Any], where: str) -> None:
+    """Raise ValueError for a message that says otherwise than a shard does whether it is to be learned."""
+    for name in TURN_WEIGHTS:
+        value = message.get(name)
+        if name == "loss" and not (value is None or isinstance(value, bool)):
+            raise ValueError(f"{where} has 'loss' {short(value)}: it must be true or false")
+        if name != "loss" and message["role"] == "assistant" and value not in (None, 1):
+            raise ValueError(
+                f"{where} has {name!r} {short(value)}: in a shard 'loss' false says that an answer is not learned"
+            )
 
 
 def crowds_of(record: dict[str, Any]) -> tuple[NamedBox, ...]:
