@@ -397,10 +397,10 @@ def test_a_faulty_json_is_one_line(folder: Path, content: str, words: str, remed
             {
                 "messages": [
                     {"role": "user", "content": "?"},
-                    {"role": "assistant", "content": "x", "weight": 0},
+                    {"role": "assistant", "content": "x", "weight": 0.5},
                 ]
             },
-            ["messages[1]", "'weight' 0"],
+            ["messages[1]", "'weight' 0.5"],
         ),
         (
             "messages",

@@ -11,7 +11,7 @@ from typing import Any
 
 from qwenvl_dist.data.formats.reader import Draft, FileReader, need_list, need_object
 from qwenvl_dist.data.formats.sample import short
-from qwenvl_dist.data.formats.turns import FormatError, Turn, check_text, role_of, split_marks
+from qwenvl_dist.data.formats.turns import FormatError, Turn, check_text, learned_by, role_of, split_marks
 
 UNHEARD = ("videos", "video", "audios", "audio")
 EXAMPLE = '{"conversations": [{"from": "user", "value": ...}, {"from": "assistant", "value": ...}]}'
@@ -42,7 +42,8 @@ def from_value(turn: Any, number: int) -> Turn:
     who, what = ("role", "content") if isinstance(turn, dict) and "value" not in turn else ("from", "value")
     if not isinstance(turn, dict) or not isinstance(turn.get(what), str):
         raise FormatError(f"has in conversations[{number}] {short(turn)}: it needs 'from' and a text 'value'")
-    return Turn(role_of(turn.get(who)), split_marks(turn[what]))
+    is_learned = learned_by(turn, f"conversations[{number}]")
+    return Turn(role_of(turn.get(who)), split_marks(turn[what]), is_learned)
 
 
 def system_turn(record: dict[str, Any]) -> list[Turn]:

@@ -16,6 +16,9 @@ LLaMA-Factory: sharegpt, and alpaca.
     {"instruction": "<image>...", "input": "...", "output": "...", "history": [["...", "..."]], "images": ["a.jpg"]}
 A picture and what is to be said of it.
     {"image": "a.jpg", "caption": "..."}
+
+An answer with ms-swift's `"loss": false` or OpenAI's `"weight": 0` is read and not learned; its message in a shard has
+`"loss": false`.
 """
 
 from __future__ import annotations
@@ -26,7 +29,16 @@ from typing import Any
 from qwenvl_dist.data.formats.conversations import from_value, refuse_other_media, system_turn
 from qwenvl_dist.data.formats.reader import Draft, FileReader, id_of, need_list, need_object
 from qwenvl_dist.data.formats.sample import caption_messages, short
-from qwenvl_dist.data.formats.turns import FormatError, Named, Part, Turn, role_of, split_marks, texts_of
+from qwenvl_dist.data.formats.turns import (
+    FormatError,
+    Named,
+    Part,
+    Turn,
+    learned_by,
+    role_of,
+    split_marks,
+    texts_of,
+)
 
 EXAMPLE = '{"messages": [{"role": "user", "content": ...}, {"role": "assistant", "content": ...}]}'
 IMAGE_FIELDS = ("images", "image", "image_path", "file_name")
@@ -37,7 +49,6 @@ QUESTIONS, ANSWERS = (
     ("response", "output", "answer", "completion"),
 )
 CONVERSATIONS = ("messages", "conversations", "conversation", *QUESTIONS, *ANSWERS)
-TURN_WEIGHTS = ("loss", "weight")  # of ms-swift and OpenAI: whether a turn is to be learned
 
 
 class MessagesReader(FileReader):
@@ -87,7 +98,8 @@ def pairs_of(pairs: list[Any], name: str) -> list[Turn]:
             raise FormatError(
                 f"has in {name}[{number}] {short(pair)}: it needs the texts 'human' (or 'user') and 'assistant'"
             )
-        said += [Turn("user", split_marks(question)), Turn("assistant", split_marks(answer))]
+        is_learned = learned_by(pair, f"{name}[{number}]")
+        said += [Turn("user", split_marks(question)), Turn("assistant", split_marks(answer), is_learned)]
     return said
 
 
@@ -160,18 +172,13 @@ def _turn(message: Any, number: int) -> Turn:
             f"has in messages[{number}] {short(message)}: it needs 'role' and a 'content' of text or parts"
         )
     role, content = role_of(message.get("role")), message["content"]
-    for name in TURN_WEIGHTS:
-        if role == "assistant" and message.get(name) not in (None, 1):
-            raise FormatError(
-                f"has in messages[{number}] {name!r} {short(message[name])}: each answer is learned alike; drop "
-                f"{name!r}, or end the conversation before that turn"
-            )
+    is_learned = learned_by(message, f"messages[{number}]")
     if isinstance(content, str):
-        return Turn(role, split_marks(content))
+        return Turn(role, split_marks(content), is_learned)
     parts: list[Part] = []
     for place, part in enumerate(content):
         parts += _parts(part, f"messages[{number}].content[{place}]")
-    return Turn(role, parts)
+    return Turn(role, parts, is_learned)
 
 
 def _parts(part: Any, where: str) -> list[Part]:

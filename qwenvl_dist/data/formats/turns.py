@@ -7,7 +7,15 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from qwenvl_dist.data.formats.sample import DEFAULT_JOIN, DEFAULT_PROMPT, is_unicode, normalise_caption
+from qwenvl_dist.data.formats.sample import (
+    DEFAULT_JOIN,
+    DEFAULT_PROMPT,
+    TURN_WEIGHTS,
+    is_learned,
+    is_unicode,
+    normalise_caption,
+    short,
+)
 from qwenvl_dist.errors import UserError
 
 ROLE_OF = {
@@ -42,6 +50,7 @@ class Turn:
 
     role: str
     parts: list[Part]
+    is_learned: bool = True  # of the assistant's; the others' never are
 
 
 class FormatError(ValueError):
@@ -123,6 +132,18 @@ def role_of(name: object) -> str:
     return role
 
 
+def learned_by(turn: dict[str, Any], where: str) -> bool:
+    """Return whether a turn, by its own members, is to be learned. Raises FormatError for something in between."""
+    given = {name: turn[name] for name in TURN_WEIGHTS if turn.get(name) is not None}
+    for name, value in given.items():
+        if value not in (0, 1):
+            raise FormatError(
+                f"has in {where} {name!r} {short(value)}: a turn is learned or not, so it must be true, false, 1 or 0; "
+                f"choose one, or drop {name!r}"
+            )
+    return all(given.values())
+
+
 def to_messages(turns: Iterable[Turn], rules: TextRules) -> tuple[list[dict[str, Any]], list[Named]]:
     """Return the messages and, in their order, the pictures that they speak of. Raises FormatError.
 
@@ -143,10 +164,16 @@ def to_messages(turns: Iterable[Turn], rules: TextRules) -> tuple[list[dict[str,
         content = [
             {"type": "image"} if isinstance(part, Named) else {"type": "text", "text": part} for part in parts
         ]
-        messages.append({"role": turn.role, "content": content})
+        unlearned = {"loss": False} if turn.role == "assistant" and not turn.is_learned else {}
+        messages.append({"role": turn.role, "content": content, **unlearned})
     roles = [message["role"] for message in messages]
     if "assistant" not in roles:
         raise FormatError("has no turn of the assistant, so there is nothing to learn: add one, or drop it")
+    if not any(map(is_learned, messages)):
+        raise FormatError(
+            "has 'loss' false or 'weight' 0 on every turn of the assistant, so there is nothing to learn: let one be "
+            "learned, or drop it"
+        )
     if roles[-1] != "assistant":
         raise FormatError("ends with a turn that nobody answers: add the assistant's, or drop the last")
     return messages, pictures
