@@ -108,12 +108,13 @@ class PromptEncoder:
         """Encode one sample up to its last answer that is learned. Raises UnreadableImage; ValueError for damage."""
         record = parse_sample_json(raw.json, len(raw.images))
         messages, reference = split_last_answer(record["messages"])
+        questions = [message for message in messages if message["role"] == "user"]
         image_id = record.get("image_id")
         asked = Asked(
             raw.key,
             raw.key if image_id is None else image_id,
             reference,
-            text_of(messages[-1:]),
+            text_of(questions[-1:]),
             crowds_of(record),
         )
         # Turns that are left out behind the answer may have pictures of their own.

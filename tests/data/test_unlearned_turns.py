@@ -462,13 +462,14 @@ def test_the_reference_is_the_last_learned_answer_and_later_pictures_stay_away(s
     rule = ImageSizeRule.of(56, scenes_processor)
     encoder = PromptEncoder(SampleEncoder(scenes_processor, rule, 512))
     said = [
-        user(IMAGE, text("a red circle")), masked("a blue square"), user(text("a circle")), answer("a red circle"),
+        user(IMAGE, text("a red circle")), masked("a blue square"),
+        user(text("a circle")), masked("a"), answer("a red circle"),
         user(IMAGE, text("a square")), masked("a square"),
     ]  # fmt: skip
     members = {"0.jpg": jpeg(1), "1.jpg": jpeg(2), "json": json.dumps({"messages": said}).encode()}
     prompt = encoder.encode(RawSample("k", members))
     assert prompt.asked is not None
     assert (prompt.asked.reference, prompt.asked.prompt) == ("a red circle", "a circle")
-    alone = encoder.prompt(said[:3], [jpeg(1)], prompt.asked)
+    alone = encoder.prompt(said[:4], [jpeg(1)], prompt.asked)
     assert len(prompt.grids) == 1 and prompt.input_ids.tolist() == alone.input_ids.tolist()
     assert np.array_equal(prompt.pixels, alone.pixels)
