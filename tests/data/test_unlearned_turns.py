@@ -148,6 +148,17 @@ def test_in_rows_of_a_table(folder: Path, form: str) -> None:
     assert sample.messages == EXPECTED
 
 
+def test_a_row_without_the_member_that_others_have_is_all_learned(folder: Path) -> None:
+    said = sharegpt(loss=[False, None])
+    columns = {name: [turn.get(name) for turn in said] for name in ("from", "value", "loss")}
+    path = folder / "t.parquet"
+    rows = [{"image": jpeg(1), "conversations": each} for each in (columns, {**columns, "loss": None})]
+    pq.write_table(pa.Table.from_pylist(rows), path)
+    first, second = READERS["huggingface"](PackInput(path))
+    assert first.messages == EXPECTED
+    assert second.messages == [{"role": m["role"], "content": m["content"]} for m in EXPECTED]
+
+
 def test_what_changes_nothing_leaves_nothing_behind(folder: Path) -> None:
     plain = swift()
     plain.insert(0, {"role": "system", "content": "Be brief."})

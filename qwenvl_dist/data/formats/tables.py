@@ -107,8 +107,9 @@ class TableReader(RecordReader):
         if isinstance(
             text, dict
         ):  # older versions of datasets store a list of turns as one list for each member
-            names, columns = list(text), [column or [] for column in text.values()]
-            text = [dict(zip(names, values, strict=False)) for values in zip(*columns, strict=False)]
+            # A member that no turn has may be null instead of a list of nulls.
+            given = {name: column for name, column in text.items() if column is not None}
+            text = [dict(zip(given, values, strict=True)) for values in zip(*given.values(), strict=False)]
         own_id, image_id, objects = id_of(row, "id"), id_of(row, "image_id"), row.get(OBJECTS)
         if self.asked or (isinstance(text, list) and text and isinstance(text[0], dict)):
             if text is None:
