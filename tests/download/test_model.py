@@ -324,15 +324,20 @@ def test_ctrl_c_ends_a_download_at_once(server: HubServer, tmp_path: Path) -> No
         str(tmp_path / "out"),
     ]
     with subprocess.Popen(
-        words, stderr=subprocess.PIPE, text=True, cwd=ROOT, env=variables_of(server)
-    ) as process:
-        deadline = time.monotonic() + 60
-        while not server.count(WEIGHTS[0]):
-            assert time.monotonic() < deadline and process.poll() is None
-            time.sleep(0.1)
-        time.sleep(0.5)
-        process.send_signal(signal.SIGINT)
-        error = process.communicate(timeout=10)[1]
+        words, stderr=subprocess.PIPE, text=True, cwd=ROOT, env=variables_of(server),
+        # A shell that starts the tests in the background has them ignore SIGINT, and a child inherits that.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL) and None,
+    ) as process:  # fmt: skip
+        try:
+            deadline = time.monotonic() + 60
+            while not server.count(WEIGHTS[0]):
+                assert time.monotonic() < deadline and process.poll() is None
+                time.sleep(0.1)
+            time.sleep(0.5)
+            process.send_signal(signal.SIGINT)
+            error = process.communicate(timeout=10)[1]
+        finally:
+            process.kill()  # else the end of this block would wait for it
     assert process.returncode == 1 and "Traceback" not in error
     assert error.splitlines()[-1] == "error: interrupted; the same command goes on where it stopped"
     server.heal()
