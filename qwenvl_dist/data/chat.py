@@ -6,14 +6,14 @@ as the picture gives, counted from its grid, never cut.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from qwenvl_dist.data.formats import is_learned
+from qwenvl_dist.data.formats import is_learned, texts_in
 from qwenvl_dist.errors import UserError
 
 IGNORE = -100  # label of a token without loss
@@ -71,13 +71,6 @@ def mrope_positions(is_image: NDArray[np.bool_], grids: Sequence[Grid], merge_si
     return positions
 
 
-def _texts(messages: list[dict[str, Any]]) -> Iterator[str]:
-    for message in messages:
-        content = message["content"]
-        parts = [{"text": content}] if isinstance(content, str) else content
-        yield from (part["text"] for part in parts if "text" in part)
-
-
 class ChatEncoder:
     """Encodes conversations with one processor; picklable, used inside loader workers."""
 
@@ -91,7 +84,7 @@ class ChatEncoder:
         for token in ("<|im_start|>", "<|im_end|>", IMAGE):
             if token not in vocabulary:
                 raise UserError(f"tokenizer: has no token {token!r}; use the tokenizer of a Qwen2-VL model")
-        # By text, pictures, and which answers are learned: () stands for all.
+        # By text, pictures, and which answers are learned.
         self._heads: dict[
             tuple[str, tuple[Grid, ...], tuple[bool, ...]], tuple[Int64, NDArray[np.bool_], Int64]
         ] = {}
@@ -186,7 +179,7 @@ class ChatEncoder:
 
         Raises TooLong, or ValueError when pictures and text disagree or a text would begin or end a turn by itself.
         """
-        for text in _texts(messages):
+        for text in texts_in(messages):
             for token in ("<|im_start|>", "<|im_end|>"):
                 if token in text:
                     raise ValueError(f"a text holds {token!r}, which would begin or end a turn")
@@ -222,7 +215,7 @@ class ChatEncoder:
         encoded plainly. Raises what `encode` does.
         """
         *before, last = messages
-        answers = [answer for answer in map(str.strip, "".join(_texts([last])).split(mark)) if answer]
+        answers = [answer for answer in map(str.strip, "".join(texts_in([last])).split(mark)) if answer]
         if not is_learned(last) or len(answers) < 2 or any(map(is_learned, before)):
             return self.encode(messages, grids)
         alone = []
@@ -254,7 +247,7 @@ class ChatEncoder:
         self, text: str, grids: tuple[Grid, ...], answers: tuple[bool, ...]
     ) -> tuple[Int64, NDArray[np.bool_], Int64]:
         """Return ids, learned and positions of what comes before the last answer."""
-        key = text, grids, () if all(answers) else answers
+        key = text, grids, answers
         head = self._heads.get(key)
         if head is None:
             ids, learned = self._widen(*self._tokenize(text, answers), grids)

@@ -6,7 +6,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import replace
 
-from qwenvl_dist.data.formats import is_learned, parse_sample_json
+from qwenvl_dist.data.formats import is_learned, parse_sample_json, texts_in
 from qwenvl_dist.data.index import RawSample
 from qwenvl_dist.data.plan import Plan
 from qwenvl_dist.data.source import PlannedSample
@@ -47,5 +47,4 @@ def captions_of(messages: list[dict], mark: str) -> list[str]:
     *before, last = messages
     if not is_learned(last) or any(map(is_learned, before)):
         return []
-    text = "".join(part.get("text", "") for part in last["content"])
-    return [caption for caption in map(str.strip, text.split(mark)) if caption]
+    return [caption for caption in map(str.strip, "".join(texts_in([last])).split(mark)) if caption]

@@ -17,9 +17,16 @@ from pathlib import PurePosixPath
 from typing import Any
 
 from qwenvl_dist.data.formats.messages import turns_of
-from qwenvl_dist.data.formats.objects import objects_of, texts_in
+from qwenvl_dist.data.formats.objects import objects_of
 from qwenvl_dist.data.formats.reader import id_of, id_of_stem
-from qwenvl_dist.data.formats.sample import DEFAULT_JOIN, DEFAULT_PROMPT, Sample, caption_messages, short
+from qwenvl_dist.data.formats.sample import (
+    DEFAULT_JOIN,
+    DEFAULT_PROMPT,
+    Sample,
+    caption_messages,
+    short,
+    texts_in,
+)
 from qwenvl_dist.data.formats.turns import FormatError, TextRules, place, texts_of, to_messages
 
 SOURCE = "webdataset"
@@ -52,34 +59,36 @@ class TextForm:
 
     def to_sample_json(self, data: bytes, key: str, num_images: int) -> bytes:
         """Return the bytes of `KEY.json` for the text `data` beside so many pictures. Raises ValueError."""
-        messages, image_id = self._read(data, num_images)
+        messages, record = self._read(data, num_images)
+        messages = _filled(messages, record.get("objects"), num_images)
+        image_id = id_of(record, "image_id")
         if image_id is None:
             image_id = id_of_stem(PurePosixPath(key).name)
         return Sample(key, messages, [], image_id, SOURCE).to_json()
 
-    def _read(self, data: bytes, num_images: int) -> tuple[list[dict[str, Any]], int | str | None]:
+    def _read(self, data: bytes, num_images: int) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+        """Return the messages, and the record that they stand in: an empty one for a text."""
         if self.member != "json":
-            return _filled(self._caption([data.decode("utf-8-sig")], num_images), None, num_images), None
+            return self._caption([data.decode("utf-8-sig")], num_images), {}
         try:
             record = json.loads(data)
         except RecursionError:
             raise ValueError("nested too deeply") from None
         if not isinstance(record, dict):
             raise FormatError(f"is {short(record)}: it must be an object")
-        image_id = id_of(record, "image_id")
         if self.caption_field is None:
             turns = place(turns_of(record), [None] * num_images)
             messages, pictures = to_messages(turns, self._rules)
             if len(pictures) != num_images:
                 raise FormatError(f"names {len(pictures)} pictures, {num_images} lie beside it")
-            return _filled(messages, record.get("objects"), num_images), image_id
+            return messages, record
         value = record.get(self.caption_field)
         captions = texts_of(value)
         if captions is None:
             raise FormatError(
                 f"has {short(value)} for {self.caption_field!r}: it must be a caption, or a list of them"
             )
-        return _filled(self._caption(captions, num_images), record.get("objects"), num_images), image_id
+        return self._caption(captions, num_images), record
 
     def _caption(self, captions: list[str], num_images: int) -> list[dict[str, Any]]:
         if not num_images:

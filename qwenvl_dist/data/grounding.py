@@ -5,23 +5,20 @@ from __future__ import annotations
 import math
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from qwenvl_dist.data.boxes import MARKS, NamedBox, clean_name, is_number, on_grid, write_name, write_objects
 from qwenvl_dist.data.formats import ImageRef, PackInput, Sample, caption_messages
 from qwenvl_dist.data.formats.coco import IS_ANNOTATED, CocoFileReader, Row
-from qwenvl_dist.data.formats.headers import READS_AT_A_TIME, Header, read_header
+from qwenvl_dist.data.formats.headers import Header, read_headers
 from qwenvl_dist.data.formats.sample import is_unicode, short
 from qwenvl_dist.errors import UserError
 
 TASKS = ("name_to_boxes", "all_objects", "both")
 FIND_PROMPT = "Find {name}."
 ALL_PROMPT = "Find all objects."
-PICTURES_AT_ONCE = 512  # that are waiting to be read
 MAX_STEM_CHARACTERS, MAX_CATEGORY_CHARACTERS = 60, 18  # a key is STEM-cCATEGORY
 ASPECT_TOLERANCE = 0.01
 
@@ -145,16 +142,16 @@ class GroundingReader(CocoFileReader):
 
     def _placements(self) -> Iterator[tuple[int | str, _Placement | None]]:
         """Yield how boxes lie in each annotated picture, None for one that is left out."""
-        pictures = self._annotated("id, name, width, height")
-        with ThreadPoolExecutor(READS_AT_A_TIME) as pool:
-            while some := list(islice(pictures, PICTURES_AT_ONCE)):
-                refs = [self._picture(name) for _, name, _, _ in some]
-                headers = pool.map(read_header, refs)
-                for (image_id, _, *size), ref, header in zip(some, refs, headers, strict=True):
-                    place = _placement(size[0], size[1], header)
-                    if place is None:
-                        self._leave_out(ref, size, header)
-                    yield image_id, place
+        pictures = (
+            ((image_id, ref, size), [ref])
+            for image_id, name, *size in self._annotated("id, name, width, height")
+            for ref in [self._picture(name)]
+        )
+        for (image_id, ref, size), (header,) in read_headers(pictures):
+            place = _placement(size[0], size[1], header)
+            if place is None:
+                self._leave_out(ref, size, header)
+            yield image_id, place
 
     def _leave_out(self, ref: ImageRef, size: list[Any], header: Header | None) -> None:
         """Count a picture in which boxes have no place; `UserError` unless it may be left out."""

@@ -23,7 +23,7 @@ from webdataset.pipeline import DataPipeline
 from qwenvl_dist.data.batch import BadSampleRecord
 from qwenvl_dist.data.boxes import NamedBox
 from qwenvl_dist.data.chat import Grid, Int64
-from qwenvl_dist.data.formats import crowds_of, is_learned, parse_sample_json
+from qwenvl_dist.data.formats import crowds_of, is_learned, parse_sample_json, texts_in
 from qwenvl_dist.data.index import RawSample
 from qwenvl_dist.data.plan import RunPlan, StepLayout
 from qwenvl_dist.data.sizes import UnreadableImage
@@ -85,7 +85,7 @@ def split_last_answer(messages: list[dict[str, Any]]) -> tuple[list[dict[str, An
 
 def text_of(messages: Sequence[dict[str, Any]]) -> str:
     """Return the texts of messages, one after another, without their pictures."""
-    return "".join(part.get("text", "") for message in messages for part in message["content"])
+    return "".join(texts_in(messages))
 
 
 class PromptEncoder:

@@ -30,6 +30,7 @@ from qwenvl_dist.data.formats.sample import (
     is_learned,
     normalise_caption,
     parse_sample_json,
+    texts_in,
 )
 from qwenvl_dist.data.formats.tables import TableReader
 from qwenvl_dist.data.formats.turns import TextRules
@@ -61,4 +62,5 @@ __all__ = [
     "normalise_caption",
     "parse_sample_json",
     "read_coco_captions",
+    "texts_in",
 ]

@@ -75,11 +75,38 @@ def _parse(data: bytes) -> Header | None:
         return None
 
 
+def read_headers(
+    row: Iterable[tuple[Item, Sequence[Picture]]], at_a_time: int = READS_AT_A_TIME
+) -> Iterator[tuple[Item, list[Header | None]]]:
+    """Yield each item with the headers of its pictures, several read at a time; None for one that cannot be read.
+
+    No thread is left at the end: a process may fork then.
+    """
+    waiting: deque[tuple[Item, list[Future[Header | None]]]] = deque()
+    pool = ThreadPoolExecutor(at_a_time)
+    try:
+        for item, pictures in row:
+            if not pictures and not waiting:  # most rows ask for nothing
+                yield item, []
+                continue
+            waiting.append((item, [pool.submit(read_header, picture) for picture in pictures]))
+            while waiting and (len(waiting) > WAITING or all(head.done() for head in waiting[0][1])):
+                yield _awaited(*waiting.popleft())
+        while waiting:
+            yield _awaited(*waiting.popleft())
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def _awaited(item: Item, heads: list[Future[Header | None]]) -> tuple[Item, list[Header | None]]:
+    return item, [head.result() for head in heads]
+
+
 class HeaderLog:
     """The headers of the pictures that items of a long row ask for.
 
-    `read` takes them from the pictures, several at a time, and notes them on disk; `recall` gives the same to the same
-    row, without looking at a picture again. No thread is left when `read` is done: a process may fork then.
+    `read` takes them from the pictures and notes them on disk; `recall` gives the same to the same row, without looking
+    at a picture again.
     """
 
     def __init__(self, reads_at_a_time: int = READS_AT_A_TIME) -> None:
@@ -89,30 +116,14 @@ class HeaderLog:
     def read(
         self, row: Iterable[tuple[Item, Sequence[Picture]]]
     ) -> Iterator[tuple[Item, list[Header | None]]]:
-        """Yield each item with the headers of its pictures, None for one that cannot be read."""
+        """Yield what `read_headers` does, and note it."""
         self._file.truncate(0)
         self._file.seek(0)
-        waiting: deque[tuple[Item, list[Future[Header | None]]]] = deque()
-        pool = ThreadPoolExecutor(self.reads_at_a_time)
-        try:
-            for item, pictures in row:
-                if not pictures and not waiting:  # most rows ask for nothing
-                    yield item, []
-                    continue
-                waiting.append((item, [pool.submit(read_header, picture) for picture in pictures]))
-                while waiting and (len(waiting) > WAITING or all(head.done() for head in waiting[0][1])):
-                    yield self._noted(*waiting.popleft())
-            while waiting:
-                yield self._noted(*waiting.popleft())
-        finally:
-            pool.shutdown(cancel_futures=True)
+        for item, headers in read_headers(row, self.reads_at_a_time):
+            for header in headers:
+                self._file.write(_HEADER.pack(*((0, 0, 0) if header is None else astuple(header))))
+            yield item, headers
         self._file.flush()
-
-    def _noted(self, item: Item, heads: list[Future[Header | None]]) -> tuple[Item, list[Header | None]]:
-        headers = [head.result() for head in heads]
-        for header in headers:
-            self._file.write(_HEADER.pack(*((0, 0, 0) if header is None else astuple(header))))
-        return item, headers
 
     def recall(
         self, row: Iterable[tuple[Item, Sequence[Picture]]]

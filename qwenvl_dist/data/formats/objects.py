@@ -119,14 +119,6 @@ def _fits_turned_alone(box: list[float], size: tuple[int, int]) -> bool:
     return (x > width + 1 or y > height + 1) and x <= height and y <= width
 
 
-def texts_in(messages: Iterable[dict[str, Any]]) -> Iterator[str]:
-    """Yield the texts of messages."""
-    for message in messages:
-        for part in message["content"]:
-            if part["type"] == "text":
-                yield part["text"]
-
-
 def objects_of(given: Any, texts: Iterable[str], num_pictures: int) -> Objects | None:
     """Return what a record's `objects` puts into its texts, None when nothing is to be put there.
 

@@ -10,9 +10,9 @@ from typing import Any
 
 from qwenvl_dist.data.formats.annotations import AnnotationFile, Record
 from qwenvl_dist.data.formats.headers import READS_AT_A_TIME, Header, HeaderLog
-from qwenvl_dist.data.formats.objects import Objects, objects_of, texts_in
+from qwenvl_dist.data.formats.objects import Objects, objects_of
 from qwenvl_dist.data.formats.pictures import Pictures
-from qwenvl_dist.data.formats.sample import SAFE_KEY, Picture, Sample, short
+from qwenvl_dist.data.formats.sample import SAFE_KEY, Picture, Sample, short, texts_in
 from qwenvl_dist.data.formats.turns import FormatError, TextRules, Turn, expand, place, to_messages
 from qwenvl_dist.data.keys import KeyLog
 from qwenvl_dist.errors import UserError

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -131,6 +132,14 @@ def normalise_caption(text: str, join: str = DEFAULT_JOIN) -> str:
 def is_learned(message: dict[str, Any]) -> bool:
     """Tell whether a message of a shard is to be learned: an assistant's is, but one with `"loss": false`."""
     return message["role"] == "assistant" and message.get("loss") is not False
+
+
+def texts_in(messages: Iterable[dict[str, Any]]) -> Iterator[str]:
+    """Yield the texts of messages, whose content is a list of parts or one text."""
+    for message in messages:
+        content = message["content"]
+        parts = [{"text": content}] if isinstance(content, str) else content
+        yield from (part["text"] for part in parts if "text" in part)
 
 
 def parse_sample_json(data: bytes, num_images: int | None = None) -> dict[str, Any]:
